@@ -1,0 +1,1 @@
+"""How two towers run beside each other and what passes between them."""

@@ -1,0 +1,1 @@
+"""Triton device code and its configurations; ``ops`` calls it, nothing else does."""

@@ -1,0 +1,5 @@
+"""The operations as PyTorch sees them: schema, shape function, gradient, vmap, autocast. One file an op family."""
+
+from . import lrn
+
+__all__ = ["lrn"]

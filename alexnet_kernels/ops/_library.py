@@ -1,0 +1,27 @@
+"""What the op files share: the library they register in, and the layout rule."""
+
+from __future__ import annotations
+
+from torch import Tensor, library, memory_format
+from torch import channels_last as _channels_last
+from torch import channels_last_3d as _channels_last_3d
+from torch import contiguous_format as _contiguous
+
+LIBRARY = library.Library("alexnet_kernels", "DEF")
+
+AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+
+
+def layout_of(x: Tensor) -> memory_format:
+    """channels_last where ``x`` is dense in it and not in torch's default; the default for everything else."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=_channels_last):
+            return _channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=_channels_last_3d):
+            return _channels_last_3d
+    return _contiguous
+
+
+def dense(x: Tensor, layout: memory_format | None = None) -> Tensor:
+    """``x`` in ``layout`` (default: its own): itself if it lies so already, else a copy (of a slice, an expanded tensor)."""
+    return x.contiguous(memory_format=layout_of(x) if layout is None else layout)

@@ -1,0 +1,1 @@
+"""Measuring: a fair timer (``timer``), what the devices did meanwhile (``nvml``)."""

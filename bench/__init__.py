@@ -1,0 +1,1 @@
+"""Benchmarks: what the package claims, measured. They import the package, never the other way."""

@@ -1,0 +1,96 @@
+"""On a CPU, one process: the paper's network beside stock ``torch.nn``, LRN beside torch's, and what importing costs.
+
+    pytest bench/test_cpu.py --benchmark-only
+
+Contenders take turns inside one measurement (``profiling.timer.interleave``); a measurement is made three times and the
+best ratio of medians is kept: a shared machine only ever disturbs. Figures stand in the columns of ``extra_info``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+from alexnet_kernels import functional as F
+from alexnet_kernels import models
+from alexnet_kernels.comparison.run import training_step
+from alexnet_kernels.comparison.stock import stock_alexnet
+from alexnet_kernels.profiling.timer import interleave
+
+BATCH = 16
+
+
+def measure(benchmark, calls: Mapping[str, Callable[[], object]], rounds: int) -> None:
+    """Three interleaved measurements inside one benchmark; ratio = stock / ours, the best of the three."""
+
+    def once() -> None:
+        found = interleave(calls, rounds=rounds)
+        measurements.append({name: timing.median for name, timing in found.items()})
+
+    measurements: list[dict[str, float]] = []
+    benchmark.pedantic(once, rounds=3, iterations=1)
+    best = max(measurements, key=lambda m: m["stock"] / m["ours"])
+    benchmark.extra_info.update({f"{name} ms": round(value, 3) for name, value in best.items()})
+    benchmark.extra_info["stock / ours"] = round(best["stock"] / best["ours"], 3)
+    print(f"\n{benchmark.name}: {benchmark.extra_info}")
+
+
+@pytest.fixture
+def networks() -> tuple[models.AlexNet, models.AlexNet]:
+    torch.manual_seed(0)
+    ours, stock = models.alexnet("paper"), stock_alexnet("paper")
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+def test_paper_forward(benchmark, networks) -> None:
+    ours, stock = networks
+    x = torch.randn(BATCH, 3, 227, 227) * 60
+    with torch.inference_mode():
+        measure(benchmark, {"ours": partial(ours.eval(), x), "stock": partial(stock.eval(), x)}, rounds=9)
+
+
+def test_paper_training_step(benchmark, networks) -> None:
+    ours, stock = networks
+    x, labels = torch.randn(BATCH, 3, 227, 227) * 60, torch.randint(1000, (BATCH,))
+    steps = {"ours": training_step(ours.train(), x, labels), "stock": training_step(stock.train(), x, labels)}
+    measure(benchmark, steps, rounds=5)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)], ids=["norm1", "norm2"])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_lrn_forward(benchmark, shape: tuple[int, ...], layout: str) -> None:
+    x = (torch.randn(shape).relu() * 20).contiguous(memory_format=getattr(torch, layout))
+    with torch.inference_mode():
+        calls = {
+            "ours": lambda: F.local_response_norm(x, 5, k=2.0),
+            "stock": lambda: TF.local_response_norm(x, 5, k=2.0),
+        }
+        measure(benchmark, calls, rounds=9)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)], ids=["norm1", "norm2"])
+def test_lrn_backward(benchmark, shape: tuple[int, ...]) -> None:
+    x, g = (torch.randn(shape).relu() * 20).requires_grad_(), torch.randn(shape)
+    outputs = {"ours": F.local_response_norm(x, 5, k=2.0), "stock": TF.local_response_norm(x, 5, k=2.0)}
+    calls = {name: partial(torch.autograd.grad, y, x, g, retain_graph=True) for name, y in outputs.items()}
+    measure(benchmark, calls, rounds=9)
+
+
+def test_import(benchmark) -> None:
+    """Milliseconds that ``import alexnet_kernels`` takes after ``import torch``, each time in a new process."""
+    code = "import time, torch; t = time.perf_counter(); import alexnet_kernels; print((time.perf_counter() - t) * 1e3)"
+
+    def once() -> None:
+        found.append(float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout))
+
+    found: list[float] = []
+    benchmark.pedantic(once, rounds=5, iterations=1)
+    benchmark.extra_info["milliseconds beyond torch, best of five"] = round(min(found), 1)
+    print(f"\n{benchmark.name}: {benchmark.extra_info}")

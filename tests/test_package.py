@@ -1,0 +1,68 @@
+"""Importing is free, files are written whole, docstrings are true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import alexnet_kernels
+from alexnet_kernels._files import write_atomically, write_text
+
+
+def test_importing_loads_neither_triton_nor_torchvision() -> None:
+    code = (
+        "import json, sys, torch; before = set(sys.modules)\n"
+        "import alexnet_kernels; print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    heavy = {"triton", "torchvision", "matplotlib", "PIL", "rich", "typer", "skimage", "pynvml"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+
+
+def test_the_module_is_the_command() -> None:
+    found = subprocess.run([sys.executable, "-m", "alexnet_kernels", "--version"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, alexnet_kernels.__version__)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_text(path, "old")
+
+    def fails(temporary: Path) -> None:
+        temporary.write_text("half of it")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(path, fails)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_an_impossible_place_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot write .*gone.*choose a folder that exists"):
+        write_text(tmp_path / "gone" / "x.json", "")
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(alexnet_kernels.__path__, "alexnet_kernels.")
+    return [m.name for m in found if not m.name.startswith(("alexnet_kernels.kernels", "alexnet_kernels.__main__"))]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples(name: str) -> None:
+    module = importlib.import_module(name)
+    scope = {**vars(module), "torch": importlib.import_module("torch"), "alexnet_kernels": alexnet_kernels}
+    failed, _ = doctest.testmod(module, extraglobs=scope, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_every_module_says_what_it_is_for(name: str) -> None:
+    assert (importlib.import_module(name).__doc__ or "").strip()
