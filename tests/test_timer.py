@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from alexnet_kernels.profiling.nvml import Monitor
 from alexnet_kernels.profiling.timer import Timing, interleave
 
 
@@ -63,30 +61,3 @@ def test_spread() -> None:
 def test_no_rounds_is_an_error() -> None:
     with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
         interleave({}, rounds=0)
-
-
-def test_cpu_time_is_measured() -> None:
-    a = torch.randn(400, 400)
-    with Monitor([torch.device("cpu")] * 2) as monitor:
-        for _ in range(30):
-            a @ a
-    (usage,) = monitor.usage  # one device, named twice
-    assert usage.source == "CPU time"
-    assert usage.utilisation is not None
-    assert usage.utilisation > 0
-    assert usage.power_w is None
-
-
-@pytest.mark.gpu
-def test_nvml_sees_the_gpu_of_the_tensors() -> None:
-    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
-    a = torch.randn(4096, 4096, device="cuda")
-    with Monitor([torch.device("cuda:0")]) as monitor:
-        for _ in range(300):
-            a = (a @ a).tanh()
-        torch.cuda.synchronize()
-    assert monitor.note is None
-    (usage,) = monitor.usage
-    assert usage.source == "NVML"
-    assert usage.memory_mib is not None
-    assert usage.memory_mib > 100

@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from .compare import compare
 from .describe import describe
+from .profile import CONTEXT, profile
 
 app = typer.Typer(
     name="alexnet-kernels",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(describe)
+app.command(context_settings=CONTEXT)(profile)
 
 
 def _version(asked: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,12 +26,12 @@ def show(result: Comparison, console: Console) -> None:
 
 def _times(result: Comparison, run: str) -> Table:
     title = f"{run}: {result.variant}, batch {result.batch}, {result.dtype}, milliseconds a batch (median)"
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("group")
     for name in (STOCK, ONE, TWO):
         table.add_column(name, justify="right")
     table.add_column("backend")
-    table.add_column("worst error / allowed", justify="right")
+    table.add_column("error < allowed", justify="right")
     for group in dict.fromkeys(row.group for row in result.rows):
         found = {row.contender: row for row in result.rows if (row.group, row.run) == (group, run)}
         ours = (found[ONE], found[TWO])
@@ -43,12 +44,14 @@ def _times(result: Comparison, run: str) -> Table:
 
 
 def _error(row: Row) -> str:
-    text = f"{row.error:.1e} / {row.tolerance:.1e}"
-    return text if row.agrees else f"[red]{text} WRONG[/red]"
+    """The error nearest its bound, beside the bound."""
+    if row.agrees:
+        return f"{row.error:.1e} < {row.tolerance:.0e}"
+    return f"[red]WRONG {row.error:.1e} > {row.tolerance:.0e}[/red]"
 
 
 def _usage(result: Comparison) -> Table:
-    table = Table(title="utilisation during training steps", title_justify="left")
+    table = Table(title="utilisation during training steps", title_justify="left", box=SIMPLE_HEAD)
     for column in ("contender", "device", "from", "utilisation", "peak memory", "power", "SM clock"):
         table.add_column(column, justify="left" if column in ("contender", "device", "from") else "right")
     for name, rows in result.usage.items():
@@ -70,7 +73,7 @@ def _unit(value: float | None, unit: str) -> str:
 def _exchanges(result: Comparison) -> Table:
     same = result.devices[0] == result.devices[1]
     title = "exchanged between the towers" + (" (one device: handed over, not copied)" if same else "")
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("before", "direction", "forward", "backward"):
         table.add_column(column, justify="left" if column in ("before", "direction") else "right")
     for layer in dict.fromkeys(t.layer for t in result.transfers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from ..distributed.exchange import Transfer
 from ..geometry import Variant
 from ..images import Loaded, prepare
 from ..models import AlexNet, TwoDeviceAlexNet, alexnet
-from ..profiling.nvml import Monitor, Usage
+from ..profiling.monitor import GpuMonitor, Usage
 from ..profiling.timer import Timing, interleave
 from .check import FORWARD, TOTAL, TRAINING, Errors, check
 from .contenders import Contender, OneDevice, State, TwoDevices
@@ -152,20 +153,17 @@ def environment(devices: Sequence[torch.device]) -> dict[str, str]:
     return found
 
 
-class _precision:
+@contextlib.contextmanager
+def _precision(dtype: str) -> Iterator[None]:
     """Strict fp32, or tf32 allowed, for every contender alike; cuDNN may choose its fastest algorithms."""
-
-    def __init__(self, dtype: str) -> None:
-        self.allow = dtype == "tf32"
-
-    def __enter__(self) -> None:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        self.before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = self.allow, self.allow, True
-
-    def __exit__(self, *_: object) -> None:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = self.before
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    allow, before = dtype == "tf32", matmul.allow_tf32
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=allow):
+        matmul.allow_tf32 = allow
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def _contenders(
@@ -290,17 +288,18 @@ def _watch(
     progress: Progress,
 ) -> tuple[dict[str, tuple[Usage, ...]], tuple[str, ...]]:
     """What the devices did during a few training steps of each contender."""
-    usage, notes = {}, set()
+    usage: dict[str, tuple[Usage, ...]] = {}
+    notes: set[str] = set()
     for c in contenders:
         progress(f"utilisation: {c.name}")
         step = training_step(c.model.train(), inputs, labels)
         used = devices if c.name == TWO else devices[:1]
         gpu = any(d.type == "cuda" for d in used)
         step()
-        with Monitor(used) as monitor:
+        with GpuMonitor(used) as monitor:
             interleave({c.name: step}, rounds=1000 if gpu else 2, seconds=1.0, warmup=0, devices=used)
         usage[c.name] = monitor.usage
-        notes |= {monitor.note} if monitor.note else set()
+        notes.update(monitor.notes)
     return usage, tuple(sorted(notes))
 
 
