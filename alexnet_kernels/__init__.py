@@ -6,6 +6,20 @@
 
 from . import functional, geometry, models, nn, reference
 from ._version import __version__
+from .convert import conversion_report, convert, revert
 from .dispatch import use_backend
+from .functional import explain
 
-__all__ = ["__version__", "functional", "geometry", "models", "nn", "reference", "use_backend"]
+__all__ = [
+    "__version__",
+    "conversion_report",
+    "convert",
+    "explain",
+    "functional",
+    "geometry",
+    "models",
+    "nn",
+    "reference",
+    "revert",
+    "use_backend",
+]

@@ -13,12 +13,12 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "cuda", "cpu", "cudnn", "reference")
 ENVIRONMENT_VARIABLE = "ALEXNET_KERNELS_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("alexnet_kernels_backend", default=None)
@@ -42,8 +42,11 @@ class Explanation:
     why_not: dict[str, str]
 
     def __str__(self) -> str:
-        others = "".join(f"\n  {name}: {reason}" for name, reason in self.why_not.items())
-        return f"{self.op}: {self.backend}{others}"
+        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.why_not.items())
+        return f"{self.op} runs on {self.backend}{others}"
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
 _table: dict[str, list[Implementation]] = {}
@@ -54,16 +57,30 @@ def register(op: str, backend: str, run: Callable[..., Any], why_not: Callable[.
     _table.setdefault(op, []).append(Implementation(backend, why_not, run))
 
 
+@functools.cache
+def _default() -> str:
+    return _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
 def requested() -> str:
-    """The backend in force: ``use_backend``'s, else the environment variable's, else ``"auto"``."""
-    return _forced.get() or _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+    """The backend in force: ``use_backend``'s, else the environment variable's (read once), else ``"auto"``."""
+    return _forced.get() or _default()
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every operation on ``name``: ``"auto"``, ``"triton"`` or ``"reference"``. Safe in threads and async tasks.
+    """Run every operation on ``name``: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"cudnn"`` or ``"reference"``.
 
-    A named backend that cannot run a call raises ``RuntimeError`` with the reason; it is never replaced silently.
+    A named backend that cannot run a call raises ``RuntimeError`` with the reason; it is never replaced silently. Each
+    thread and async task has its own; a backward runs on the backend of its forward. Compiled code reads it when it runs,
+    for operations with kernels; those without are plain torch there, and compiled with the rest.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+
+    >>> with use_backend("reference"):
+    ...     requested()
+    'reference'
     """
     token = _forced.set(_check(name, "backend"))
     try:
@@ -90,7 +107,10 @@ def choose(op: str, *args: Any) -> Implementation:
                 raise RuntimeError(
                     f"backend {wanted!r} cannot run {op}: {reason}; use backend 'auto' or mend the cause"
                 )
-    raise RuntimeError(f"backend {wanted!r} has no implementation of {op}; use backend 'auto' or 'reference'")
+    names = ", ".join(i.backend for i in _table[op])
+    raise RuntimeError(
+        f"backend {wanted!r} has no implementation of {op} (there are: {names}); use backend 'auto' or one of those"
+    )
 
 
 _used: ContextVar[set[str] | None] = ContextVar("alexnet_kernels_used", default=None)
@@ -110,19 +130,38 @@ def recording() -> Iterator[set[str]]:
 def run(op: str, *args: Any) -> Any:
     """``op(*args)`` on the implementation that :func:`choose` names."""
     chosen = choose(op, *args)
+    note(chosen.backend)
+    return chosen.run(*args)
+
+
+def note(backend: str) -> None:
+    """Tell a surrounding :func:`recording` that ``backend`` runs."""
     used = _used.get()
     if used is not None:
-        used.add(chosen.backend)
-    return chosen.run(*args)
+        used.add(backend)
+
+
+def require_reference(op: str, why: str) -> None:
+    """For a call that only plain torch can run: note it, or raise where another backend was asked for by name."""
+    wanted = requested()
+    if wanted not in ("auto", "reference"):
+        raise RuntimeError(f"backend {wanted!r} cannot run {op}: {why}; use backend 'auto' or 'reference'")
+    note("reference")
+
+
+def explain_reference(op: str, why: str) -> Explanation:
+    """What :func:`require_reference` would do, without doing it."""
+    require_reference(op, why)
+    return Explanation(op, "reference", {name: why for name in BACKENDS if name != "reference"})
 
 
 def explain_call(op: str, *args: Any) -> Explanation:
     """What :func:`run` would do, without doing it."""
-    chosen = choose(op, *args)
+    chosen, wanted = choose(op, *args), requested()
+    why = f"can run; {chosen.backend} " + ("comes first" if wanted == "auto" else "was asked for by name")
+    known = {i.backend: i.why_not(*args) or why for i in _table[op]}
     reasons = {
-        i.backend: i.why_not(*args) or f"can run; {chosen.backend} comes first"
-        for i in _table[op]
-        if i.backend != chosen.backend
+        name: known.get(name, "no implementation in this version") for name in BACKENDS if name != chosen.backend
     }
     return Explanation(op, chosen.backend, reasons)
 

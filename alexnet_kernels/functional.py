@@ -7,23 +7,23 @@ where the input's is neither of the two). Function transforms (``torch.func``, f
 
 from __future__ import annotations
 
-from typing import Literal
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.modules.utils import _pair
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import reference
+from .ops import composite as _composite
 from .ops import lrn as _lrn
+from .ops._library import Explanation
 
 AlphaMode = Literal["mean", "sum"]
 Pair = int | tuple[int, int]
 
 
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _tensors(*values: object) -> tuple[Any, ...]:
+    return tuple(value for value in values if value is not None)
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -90,9 +90,7 @@ def local_response_norm(
     scale = _lrn_scale(input, size, alpha, groups, alpha_mode)
     if input.numel() == 0:
         return input
-    if not input.is_floating_point() or _transformed():
-        return reference.lrn(input, size, scale, beta, k, groups)
-    return _lrn.lrn(input, size, scale, beta, k, groups)
+    return _lrn.apply(input, size, scale, beta, k, groups)
 
 
 def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> Tensor:
@@ -117,7 +115,7 @@ def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: f
         )
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size={size} must be odd and at least 1, so that the window has a centre")
-    return reference.spatial_response_norm(input, size, alpha, beta, k)
+    return _composite.spatial_response_norm(input, size, alpha, beta, k)
 
 
 def conv2d_relu(
@@ -130,17 +128,21 @@ def conv2d_relu(
     groups: int = 1,
 ) -> Tensor:
     """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``."""
+    if has_torch_function_variadic(*_tensors(input, weight, bias)):
+        tensors = _tensors(input, weight, bias)
+        return handle_torch_function(conv2d_relu, tensors, input, weight, bias, stride, padding, dilation, groups)
     _require_tensor("input", input)
     _require_tensor("weight", weight)
-    pad = padding if isinstance(padding, str) else _pair(padding)
-    return reference.conv2d_relu(input, weight, bias, _pair(stride), pad, _pair(dilation), groups)
+    return _composite.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(linear(input, weight, bias))``: arguments, shapes and errors of ``torch.nn.functional.linear``."""
+    if has_torch_function_variadic(*_tensors(input, weight, bias)):
+        return handle_torch_function(linear_relu, _tensors(input, weight, bias), input, weight, bias)
     _require_tensor("input", input)
     _require_tensor("weight", weight)
-    return reference.linear_relu(input, weight, bias)
+    return _composite.linear_relu(input, weight, bias)
 
 
 def max_pool2d(
@@ -153,8 +155,11 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch.nn.functional.max_pool2d``, argument for argument: first of equal values, NaN wins, int64 indices on request."""
+    if has_torch_function_unary(input):
+        arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return handle_torch_function(max_pool2d, (input,), *arguments)
     _require_tensor("input", input)
-    pool = reference.max_pool2d_with_indices if return_indices else reference.max_pool2d
+    pool = _composite.max_pool2d_with_indices if return_indices else _composite.max_pool2d
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
@@ -175,7 +180,7 @@ def lrn_max_pool2d(
 ) -> Tensor:
     """``max_pool2d(local_response_norm(input, ...), ...)``, the paper's order; arguments as in those two."""
     normalised = local_response_norm(input, size, alpha, beta, k, groups=groups, alpha_mode=alpha_mode)
-    return reference.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
+    return _composite.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def max_pool2d_lrn(
@@ -195,5 +200,52 @@ def max_pool2d_lrn(
 ) -> Tensor:
     """``local_response_norm(max_pool2d(input, ...), ...)``, CaffeNet's order; arguments as in those two."""
     _require_tensor("input", input)
-    pooled = reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    pooled = _composite.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
     return local_response_norm(pooled, size, alpha, beta, k, groups=groups, alpha_mode=alpha_mode)
+
+
+def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:
+    """What a call would run, and why nothing else would, without running it.
+
+    Args:
+        op: a function of this module, or its name.
+        *args, **kwargs: as for that function; errors are raised as it would raise them.
+
+    Returns:
+        An ``Explanation``: ``.backend``, ``.why_not`` (a reason for each other backend), ``.to_json()``; it prints well.
+        For LRN with pooling it is about the LRN: the pooling is plain torch in this version.
+
+    Raises:
+        ValueError: ``op`` is no function of this module.
+        RuntimeError: a backend was asked for by name and cannot run this call.
+
+    >>> explain("max_pool2d", torch.zeros(1, 1, 4, 4), 2).backend
+    'reference'
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    function = _EXPLAINED.get(name)
+    if function is None:
+        raise ValueError(f"op={name!r} is not a function of alexnet_kernels.functional; use {', '.join(_EXPLAINED)}")
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    if "alpha_mode" not in call:
+        _require_tensor("input", call["input"])
+        return _composite.explain(name)
+    x, size, groups = call["input"], call["size"], call["groups"]
+    scale = _lrn_scale(x, size, call["alpha"], groups, call["alpha_mode"])
+    return _lrn.explain(x, size, scale, call["beta"], call["k"], groups)
+
+
+_EXPLAINED: dict[str, Callable[..., object]] = {
+    function.__name__: function
+    for function in (
+        local_response_norm,
+        spatial_response_norm,
+        conv2d_relu,
+        linear_relu,
+        max_pool2d,
+        lrn_max_pool2d,
+        max_pool2d_lrn,
+    )
+}

@@ -1,11 +1,31 @@
-"""Modules for ``torch.nn`` users: subclasses with torch's constructors and ``state_dict``s, running our operations."""
+"""Modules for ``torch.nn`` users: subclasses with torch's constructors and ``state_dict``s, running our operations.
+
+A tensor subclass or a tracer's proxy, as input or as weight, gets torch's own calls: it is there to see them.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import functional as F
+from ._fusion import ORDINARY_TENSORS, Known, Run, RunsAsOne
+
+
+def _refuse_script(self: torch.nn.Module) -> NoReturn:
+    name = type(self).__name__
+    torchs = {"FusedSequential": "Sequential"}.get(name, name)
+    if hasattr(torch.nn, torchs):
+        raise RuntimeError(
+            f"{name} cannot be scripted: revert first; alexnet_kernels.revert(model) makes it torch.nn.{torchs} again, "
+            "and torch.jit.script(model) then works. torch.jit.trace, torch.export and torch.compile need no revert"
+        )
+    raise RuntimeError(
+        f"{name} cannot be scripted and has no class in torch.nn to revert to; use torch.jit.trace, torch.export or "
+        "torch.compile, or build the model from torch.nn's modules, convert it, and revert first"
+    )
 
 
 class LocalResponseNorm(torch.nn.LocalResponseNorm):
@@ -14,6 +34,8 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
     >>> LocalResponseNorm(5, k=2.0, groups=2)
     LocalResponseNorm(5, alpha=0.0001, beta=0.75, k=2.0, groups=2)
     """
+
+    __prepare_scriptable__ = _refuse_script
 
     groups: int = 1  # class attributes, so that an instance of torch's class can change into this one
     alpha_mode: F.AlphaMode = "mean"
@@ -38,9 +60,13 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
         )
 
     def extra_repr(self) -> str:
-        groups = f", groups={self.groups}" if self.groups != 1 else ""
-        mode = f", alpha_mode={self.alpha_mode!r}" if self.alpha_mode != "mean" else ""
-        return super().extra_repr() + groups + mode
+        return super().extra_repr() + _scope(self)
+
+
+def _scope(norm: LocalResponseNorm | _LRNAndPool) -> str:
+    groups = f", groups={norm.groups}" if norm.groups != 1 else ""
+    mode = f", alpha_mode={norm.alpha_mode!r}" if norm.alpha_mode != "mean" else ""
+    return groups + mode
 
 
 class SpatialResponseNorm(torch.nn.Module):
@@ -72,3 +98,203 @@ class CeilConv2d(torch.nn.Conv2d):
         padding = 0 if isinstance(self.padding, str) else self.padding[axis]
         reach = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
         return (reach - size - 2 * padding) % self.stride[axis]
+
+
+class ConvReLU2d(torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` and the ReLU after it in one; constructor, ``state_dict`` and errors of ``torch.nn.Conv2d``.
+
+    ``[N, C, H, W]`` or ``[C, H, W]`` to the same with ``out_channels`` maps, in the input's dtype; any ``padding_mode``.
+
+    >>> ConvReLU2d(3, 8, 3, padding=1)(torch.randn(1, 3, 5, 5)).min() >= 0
+    tensor(True)
+    """
+
+    __prepare_scriptable__ = _refuse_script
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if self.padding_mode != "zeros" or not ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias))):
+            return torch.nn.functional.relu(super().forward(input))
+        return F.conv2d_relu(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+
+
+class LinearReLU(torch.nn.Linear):
+    """``torch.nn.Linear`` and the ReLU after it in one; constructor, ``state_dict`` and errors of ``torch.nn.Linear``.
+
+    ``[..., in_features]`` to ``[..., out_features]`` in the input's dtype.
+
+    >>> LinearReLU(4, 2)
+    LinearReLU(in_features=4, out_features=2, bias=True)
+    """
+
+    __prepare_scriptable__ = _refuse_script
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias))):
+            return torch.nn.functional.relu(super().forward(input))
+        return F.linear_relu(input, weight, bias)
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """``torch.nn.MaxPool2d``: constructor, shapes, dtypes (integers too), ``return_indices`` and errors.
+
+    >>> MaxPool2d(3, stride=2)
+    MaxPool2d(kernel_size=3, stride=2, padding=0, dilation=1, ceil_mode=False)
+    """
+
+    __prepare_scriptable__ = _refuse_script
+
+    def forward(self, input: Tensor) -> Any:
+        if type(input) not in ORDINARY_TENSORS:
+            return super().forward(input)
+        return F.max_pool2d(input, *_pool_arguments(self), self.return_indices)
+
+
+class _LRNAndPool(torch.nn.Module):
+    """What ``LRNMaxPool2d`` and ``MaxPoolLRN2d`` share: the arguments of both operations, no parameters."""
+
+    __prepare_scriptable__ = _refuse_script
+
+    def __init__(
+        self,
+        size: int,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 1.0,
+        kernel_size: F.Pair = 3,
+        stride: F.Pair | None = 2,
+        padding: F.Pair = 0,
+        dilation: F.Pair = 1,
+        ceil_mode: bool = False,
+        *,
+        groups: int = 1,
+        alpha_mode: F.AlphaMode = "mean",
+    ) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
+        self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
+        self.groups, self.alpha_mode = groups, alpha_mode
+
+    def extra_repr(self) -> str:
+        norm = torch.nn.LocalResponseNorm.extra_repr(self)  # type: ignore[arg-type]
+        return f"{norm}{_scope(self)}, {torch.nn.MaxPool2d.extra_repr(self)}"  # type: ignore[arg-type]
+
+
+class LRNMaxPool2d(_LRNAndPool):
+    """``LocalResponseNorm``, then ``MaxPool2d`` (the paper's order), in one; see ``functional.lrn_max_pool2d``.
+
+    ``[N, C, H, W]`` to the same with smaller maps, in the input's dtype and layout. LRN's arguments come first, then the
+    pool's; ``stride=None`` is ``kernel_size``, as in torch.
+
+    >>> LRNMaxPool2d(5, k=2.0)(torch.ones(1, 8, 13, 13)).shape
+    torch.Size([1, 8, 6, 6])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.lrn_max_pool2d(input, *_lrn_arguments(self), *_pool_arguments(self), **_lrn_options(self))
+
+
+class MaxPoolLRN2d(_LRNAndPool):
+    """``MaxPool2d``, then ``LocalResponseNorm`` (CaffeNet's order), in one; see ``functional.max_pool2d_lrn``.
+
+    Arguments, shapes and dtypes of :class:`LRNMaxPool2d`.
+
+    >>> MaxPoolLRN2d(5)
+    MaxPoolLRN2d(5, alpha=0.0001, beta=0.75, k=1.0, kernel_size=3, stride=2, padding=0, dilation=1, ceil_mode=False)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if type(input) in ORDINARY_TENSORS:
+            return F.max_pool2d_lrn(input, *_lrn_arguments(self), *_pool_arguments(self), **_lrn_options(self))
+        pooled = torch.nn.functional.max_pool2d(input, *_pool_arguments(self))
+        return F.local_response_norm(pooled, *_lrn_arguments(self), **_lrn_options(self))
+
+
+def _pool_arguments(pool: torch.nn.MaxPool2d | _LRNAndPool) -> tuple[Any, Any, Any, Any, Any]:
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+
+
+def _lrn_arguments(norm: torch.nn.LocalResponseNorm | _LRNAndPool) -> tuple[int, float, float, float]:
+    return norm.size, norm.alpha, norm.beta, norm.k
+
+
+def _lrn_options(norm: torch.nn.LocalResponseNorm | _LRNAndPool) -> dict[str, Any]:
+    """What ours has and torch's has not."""
+    if type(norm) is torch.nn.LocalResponseNorm:
+        return {}
+    return {"groups": norm.groups, "alpha_mode": norm.alpha_mode}
+
+
+def _why_not_conv(conv: torch.nn.Conv2d) -> str | None:
+    return None if conv.padding_mode == "zeros" else f"padding_mode={conv.padding_mode}"
+
+
+def _why_not_pool(pool: torch.nn.MaxPool2d) -> str | None:
+    return "return_indices=True" if pool.return_indices else None
+
+
+Children = tuple[Any, ...]
+
+
+def conv2d_relu(input: Tensor, children: Children) -> Tensor:
+    conv, _ = children
+    return F.conv2d_relu(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def linear_relu(input: Tensor, children: Children) -> Tensor:
+    linear, _ = children
+    return F.linear_relu(input, linear.weight, linear.bias)
+
+
+def lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:
+    norm, pool = children
+    return F.lrn_max_pool2d(input, *_lrn_arguments(norm), *_pool_arguments(pool), **_lrn_options(norm))
+
+
+def max_pool2d_lrn(input: Tensor, children: Children) -> Tensor:
+    pool, norm = children
+    return F.max_pool2d_lrn(input, *_lrn_arguments(norm), *_pool_arguments(pool), **_lrn_options(norm))
+
+
+_CONV, _LINEAR, _RELU = (torch.nn.Conv2d,), (torch.nn.Linear,), (torch.nn.ReLU,)
+_LRN, _POOL = (torch.nn.LocalResponseNorm, LocalResponseNorm), (torch.nn.MaxPool2d, MaxPool2d)
+
+_KNOWN = Known(  # a new run is a row; the function's name is what a report prints
+    runs=(
+        Run((_CONV, _RELU), conv2d_relu),
+        Run((_LINEAR, _RELU), linear_relu),
+        Run((_LRN, _POOL), lrn_max_pool2d),
+        Run((_POOL, _LRN), max_pool2d_lrn),
+    ),
+    conditions={torch.nn.Conv2d: _why_not_conv, torch.nn.MaxPool2d: _why_not_pool, MaxPool2d: _why_not_pool},
+    whole=(ConvReLU2d, LinearReLU),
+)
+
+
+class FusedSequential(RunsAsOne):
+    """``torch.nn.Sequential`` that runs known runs of its children as one operation: convolution or ``Linear`` and ReLU,
+    LRN and max pooling in either order.
+
+    Every other child is called itself. Indexing, slicing, iterating, ``state_dict``, values and gradients are those of
+    ``Sequential``. At each call, a run is fused only while nobody can see inside it: its members have exactly torch's
+    types or ours, no hook of any kind, no ``forward`` of their own, ordinary weights, ``padding_mode="zeros"`` and no
+    ``return_indices``; no global module hook is registered, neither ``torch.fx`` nor ``torch.jit`` is tracing, and the
+    input is no tensor subclass. ``conversion_report`` says what a call would do now.
+
+    Raises:
+        RuntimeError: ``torch.jit.script`` is called on it, or on a model that holds it; ``revert`` first.
+
+    >>> net = FusedSequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    >>> net[:1]
+    FusedSequential(
+      (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+    )
+    >>> from alexnet_kernels.convert import conversion_report
+    >>> conversion_report(net).fused
+    (FusedRun(names=('0', '1'), operation='conv2d_relu'),)
+    """
+
+    __prepare_scriptable__ = _refuse_script
+    _known = _KNOWN

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pair = int | tuple[int, int]
+
 _BLOCK = 1 << 18  # elements a block of `_blocked`: its fp32 temporaries (1 MiB each) stay in a core's cache
 
 
@@ -97,21 +99,18 @@ def conv2d_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int] | str,
-    dilation: tuple[int, int],
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
     groups: int,
 ) -> Tensor:
-    """``max(0, conv2d(x, weight) + bias)``."""
-    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    """``max(0, conv2d(x, weight) + bias)``; in place, for nobody else holds the sum."""
+    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), inplace=True)
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``max(0, x weightᵀ + bias)``."""
-    return F.relu(F.linear(x, weight, bias))
-
-
-Pair = int | tuple[int, int]
+    """``max(0, x weightᵀ + bias)``; in place, for nobody else holds the sum."""
+    return F.relu(F.linear(x, weight, bias), inplace=True)
 
 
 def max_pool2d(

@@ -9,6 +9,7 @@ import typer
 from .. import __version__
 from .compare import compare
 from .describe import describe
+from .doctor import doctor
 from .profile import CONTEXT, profile
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(compare)
 app.command()(describe)
+app.command()(doctor)
 app.command(context_settings=CONTEXT)(profile)
 
 

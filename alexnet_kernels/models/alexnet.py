@@ -88,10 +88,10 @@ class Network(torch.nn.Module):
         for facts, path in zip(variant.layers, paths(variant), strict=True):
             if path is not None and facts.name not in leave_out:
                 parts.setdefault(path.split(".")[0], []).append(make(facts, towers))
-        self.features = torch.nn.Sequential(*parts["features"])
+        self.features = nn.FusedSequential(*parts["features"])
         if "avgpool" in parts:
             (self.avgpool,) = parts["avgpool"]
-        self.classifier = torch.nn.Sequential(*parts["classifier"])
+        self.classifier = nn.FusedSequential(*parts["classifier"])
 
     def steps(self) -> list[torch.nn.Module]:
         """The modules in the order of ``variant.layers``."""

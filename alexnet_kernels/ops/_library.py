@@ -7,6 +7,10 @@ from torch import channels_last as _channels_last
 from torch import channels_last_3d as _channels_last_3d
 from torch import contiguous_format as _contiguous
 
+from ..dispatch import Explanation
+
+__all__ = ["AUTOCAST_KEYS", "LIBRARY", "Explanation", "dense", "layout_of"]
+
 LIBRARY = library.Library("alexnet_kernels", "DEF")
 
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")

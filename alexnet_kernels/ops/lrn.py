@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
 from ._library import AUTOCAST_KEYS, LIBRARY, dense, layout_of
+from .composite import plain
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -76,6 +78,30 @@ def _second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 register_autograd("alexnet_kernels::lrn", _gradient, setup_context=_save, lib=LIBRARY)
 register_autograd("alexnet_kernels::lrn_backward", _second_gradient, setup_context=_save, lib=LIBRARY)
+
+
+def apply(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Tensor:
+    """LRN of any real ``x``: the operation, or plain torch for what it does not cover."""
+    why = _why_plain(x)
+    if why is not None:
+        return plain("lrn", why, reference.lrn, x, size, scale, beta, k, groups)
+    return lrn(x, size, scale, beta, k, groups)
+
+
+def explain(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> dispatch.Explanation:
+    """What :func:`apply` would run."""
+    why = _why_plain(x)
+    if why is not None:
+        return dispatch.explain_reference("lrn", why)
+    return dispatch.explain_call("lrn", x, size, scale, beta, k, groups)
+
+
+def _why_plain(x: Tensor) -> str | None:
+    if not x.is_floating_point():
+        return f"torch's own LRN runs for {x.dtype}"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform (torch.func, forward mode) needs plain torch, which composes with all of them"
+    return None
 
 
 def _triton_why_not(*args: Any) -> str | None:
