@@ -40,10 +40,26 @@ class Explanation:
     op: str
     backend: str
     why_not: dict[str, str]
+    parts: tuple[Explanation, ...] = ()
+
+    @staticmethod
+    def of_one(op: str, backend: str, why: str) -> Explanation:
+        """``backend`` runs ``op``, and all the others cannot for one reason."""
+        return Explanation(op, backend, {name: why for name in BACKENDS if name != backend})
+
+    @staticmethod
+    def of_parts(op: str, *parts: Explanation) -> Explanation:
+        """``op`` has no implementation of its own and runs as ``parts``, in this order."""
+        used = tuple(dict.fromkeys(part.backend for part in parts))
+        why = "no implementation of both operations in one in this version"
+        return Explanation(op, " + ".join(used), {name: why for name in BACKENDS if name not in used}, parts)
 
     def __str__(self) -> str:
-        others = "".join(f"\n  not {name}: {reason}" for name, reason in self.why_not.items())
-        return f"{self.op} runs on {self.backend}{others}"
+        head = f"{self.op} runs on {self.backend}"
+        if self.parts:
+            lines = "\n".join(map(str, self.parts)).splitlines()
+            return head + f", as {len(self.parts)} operations" + "".join(f"\n  {line}" for line in lines)
+        return head + "".join(f"\n  not {name}: {reason}" for name, reason in self.why_not.items())
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -71,9 +87,13 @@ def requested() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operation on ``name``: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"cudnn"`` or ``"reference"``.
 
-    A named backend that cannot run a call raises ``RuntimeError`` with the reason; it is never replaced silently. Each
-    thread and async task has its own; a backward runs on the backend of its forward. Compiled code reads it when it runs,
-    for operations with kernels; those without are plain torch there, and compiled with the rest.
+    A named backend that cannot run a call raises ``RuntimeError`` with the reason; it is never replaced silently. Blocks
+    nest. Each thread and async task has its own. A backward runs on the backend of its forward; what
+    ``torch.utils.checkpoint`` computes again, on the backend in force around ``backward()``.
+
+    Compiled code reads it each time it runs, inside the operations that have kernels; its backward reads it anew, in the
+    thread that runs it (on a GPU autograd's own, which only the environment variable reaches). Operations without a kernel
+    are plain torch there, compiled with the rest. Put the block around the compiled function, not into it.
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -143,16 +163,20 @@ def note(backend: str) -> None:
 
 def require_reference(op: str, why: str) -> None:
     """For a call that only plain torch can run: note it, or raise where another backend was asked for by name."""
+    _allow_reference(op, why)
+    note("reference")
+
+
+def _allow_reference(op: str, why: str) -> None:
     wanted = requested()
     if wanted not in ("auto", "reference"):
         raise RuntimeError(f"backend {wanted!r} cannot run {op}: {why}; use backend 'auto' or 'reference'")
-    note("reference")
 
 
 def explain_reference(op: str, why: str) -> Explanation:
     """What :func:`require_reference` would do, without doing it."""
-    require_reference(op, why)
-    return Explanation(op, "reference", {name: why for name in BACKENDS if name != "reference"})
+    _allow_reference(op, why)
+    return Explanation.of_one(op, "reference", why)
 
 
 def explain_call(op: str, *args: Any) -> Explanation:
@@ -181,14 +205,15 @@ def triton_why_not(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | No
     """The reasons that hold for every Triton kernel: no Triton, no suitable device, no such dtype."""
     if x.dtype not in dtypes:
         return f"no kernel for {x.dtype}"
-    missing = _triton_missing()
-    if missing is not None:
-        return missing
-    if x.device.type == "cuda":
-        return "no kernel for ROCm" if torch.version.hip else _old_gpu(x.device.index)
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None if requested() == "triton" else "the interpreter runs only when asked for by name"
-    return f"no kernel for device {x.device.type!r}"
+    if x.is_cuda:
+        return _triton_missing() or ("no kernel for ROCm" if torch.version.hip else _old_gpu(x.device.index))
+    if not x.is_cpu:
+        return f"no kernel for device {x.device.type!r}"
+    if requested() != "triton":  # first, because it is quick: reading the environment costs a microsecond on every call
+        return "a CPU only has Triton's interpreter, which runs only when asked for by name"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "a CPU only has Triton's interpreter; set TRITON_INTERPRET=1 before anything imports Triton"
+    return _triton_missing()
 
 
 def never(*_: Any) -> None:

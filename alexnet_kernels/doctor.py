@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,6 +18,8 @@ from .dispatch import BACKENDS, ENVIRONMENT_VARIABLE, use_backend
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "nvidia-ml-py")
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 REBUILD = 'pip install --no-build-isolation -e ".[bench]" -c constraints.txt'
+LIBRARY = "cuda, cpu: no compiled library in this version"
+_TOLERANCE = 1e-5  # of fp32 against fp64, on 16 channels
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything ``alexnet-kernels doctor`` says; ``to_json`` for a bug report."""
+    """Everything ``alexnet-kernels doctor`` says; ``to_json`` for a bug report.
+
+    ``problems`` are what a user has to mend, one line each; a backend that this machine cannot have is none.
+    """
 
     version: str
     system: dict[str, str]
@@ -38,6 +45,8 @@ class Diagnosis:
     variables: dict[str, str]
     gpus: tuple[dict[str, str], ...]
     backends: tuple[Check, ...]
+    problems: tuple[str, ...] = ()
+    library: str = LIBRARY
     rebuild: str = REBUILD
 
     def to_json(self) -> dict[str, object]:
@@ -45,18 +54,41 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine and try every backend on every device; takes about a second and raises nothing."""
+    """Look at the machine and try every backend on every device; takes about a second and raises nothing.
+
+    >>> [check.works for check in diagnose().backends if (check.backend, check.device) == ("reference", "cpu")]
+    [True]
+    """
     system = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": _ask(lambda: f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         "cuda of torch": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else "not available",
+        "cudnn": _ask(lambda: str(torch.backends.cudnn.version() or "not available")),
+        "driver": _ask(_driver),
     }
-    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    checks = tuple(_try(backend, device) for device in devices for backend in BACKENDS)
-    return Diagnosis(__version__, system, {n: _installed(n) for n in PACKAGES}, variables, _gpus(), checks)
+    checks = tuple(_try(backend, device) for device in _devices() for backend in BACKENDS)
+    return Diagnosis(
+        version=__version__,
+        system=system,
+        packages={name: _installed(name) for name in PACKAGES},
+        variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
+        backends=checks,
+        problems=_problems(checks),
+    )
+
+
+def _ask(question: Callable[[], str]) -> str:
+    """The answer, or the error in its place: whatever is broken is what the doctor is here to tell."""
+    try:
+        return question()
+    except Exception as error:
+        return f"error: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _installed(package: str) -> str:
@@ -66,30 +98,72 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def _gpus() -> tuple[dict[str, str], ...]:
-    found = []
-    for index in range(torch.cuda.device_count()):
+def _driver() -> str:
+    """NVML's answer, or why there is none."""
+    try:
+        import pynvml
+    except ImportError:
+        return "unknown: nvidia-ml-py is not installed (pip install 'alexnet-kernels[profile]')"
+    try:
+        pynvml.nvmlInit()
+        try:
+            version = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+        return version if isinstance(version, str) else version.decode()
+    except pynvml.NVMLError as error:  # no driver, or one that does not answer
+        return f"none found ({_line(error)})"
+
+
+def _gpu(index: int) -> dict[str, str]:
+    found = {"device": f"cuda:{index}"}
+    try:
         p = torch.cuda.get_device_properties(index)
-        memory = f"{p.total_memory / 2**30:.0f} GiB"
-        found.append(
-            {"device": f"cuda:{index}", "name": p.name, "capability": f"sm_{p.major}{p.minor}", "memory": memory}
-        )
-    return tuple(found)
+    except Exception as error:
+        return {**found, "error": _line(error)}
+    return {
+        **found,
+        "name": p.name,
+        "capability": f"sm_{p.major}{p.minor}",
+        "memory": f"{p.total_memory / 2**30:.0f} GiB",
+    }
+
+
+def _devices() -> list[str]:
+    others = [kind for kind in ("mps", "xpu") if getattr(torch, kind).is_available()]
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *others]
 
 
 def _try(backend: str, device: str) -> Check:
-    """LRN of a small tensor, with its gradient, held against the reference in fp64."""
-    x = torch.linspace(-3, 3, 2 * 16 * 3 * 3, device=device).reshape(2, 16, 3, 3).requires_grad_()
+    """LRN of a small tensor, with its gradient, held against the reference in fp64 on the CPU."""
+    exact = torch.linspace(-3, 3, 2 * 16 * 3 * 3).reshape(2, 16, 3, 3).double()
     try:
-        with use_backend(backend):
+        x = exact.to(device, torch.float32).requires_grad_()
+        with use_backend(backend), torch.enable_grad():
             y = functional.local_response_norm(x, 5, alpha=0.5, k=2.0)
             (dx,) = torch.autograd.grad(y.sum(), x)
-    except Exception as error:  # whatever is broken is what the doctor is here to tell
-        return Check(backend, device, False, str(error).splitlines()[0])
-    exact = x.detach().double()
-    truth = (
-        reference.lrn(exact, 5, 0.1, 0.75, 2.0),
-        reference.lrn_backward(torch.ones_like(exact), exact, 5, 0.1, 0.75, 2.0),
-    )
-    worst = max(float((a.detach() - b).norm() / b.norm()) for a, b in zip((y, dx), truth, strict=True))
-    return Check(backend, device, worst < 1e-5, f"LRN forward and backward, {worst:.1e} from fp64")
+        got = [t.detach().cpu() for t in (y, dx)]
+    except Exception as error:
+        return Check(backend, device, False, _line(error))
+    arguments = (5, 0.1, 0.75, 2.0)
+    exact = exact.float().double()  # as the device saw it
+    truth = reference.lrn(exact, *arguments), reference.lrn_backward(torch.ones_like(exact), exact, *arguments)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, truth, strict=True)]
+    worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+    verdict = f"LRN forward and backward, {worst:.1e} from fp64"
+    works = worst < _TOLERANCE
+    return Check(backend, device, works, verdict if works else f"wrong: {verdict}, {_TOLERANCE:.0e} is allowed")
+
+
+def _problems(checks: tuple[Check, ...]) -> tuple[str, ...]:
+    named = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    found: list[str] = []
+    if named not in ("auto", *BACKENDS):
+        found.append(f"{ENVIRONMENT_VARIABLE}={named!r} is not a backend; use 'auto', {', '.join(map(repr, BACKENDS))}")
+    elif named != "auto" and not any(check.works for check in checks if check.backend == named):
+        found.append(f"{ENVIRONMENT_VARIABLE}={named!r} works on no device here: every LRN is an error; unset it")
+    wrong = [
+        f"{c.backend} on {c.device} is {c.detail}; please report it" for c in checks if c.detail.startswith("wrong")
+    ]
+    broken = [f"reference on {c.device}: {c.detail}" for c in checks if c.backend == "reference" and not c.works]
+    return tuple(dict.fromkeys(found + wrong + [line for line in broken if "wrong" not in line]))

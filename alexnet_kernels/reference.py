@@ -23,25 +23,33 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _window_sum(values: Tensor, before: int, after: int) -> Tensor:
-    """``out[:, :, c] = Σ values[:, :, j]`` over ``c - before <= j <= c + after``, inside dim 2."""
+def _by_group(x: Tensor, groups: int) -> tuple[Tensor, int]:
+    """``x`` in the dtype that sums are formed in, and the dim that a window runs over: 1, or 2 behind the groups."""
+    z = x.to(arithmetic_dtype(x.dtype))
+    return (z, 1) if groups == 1 else (z.unflatten(1, (groups, -1)), 2)
+
+
+def _window_sum(values: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """``Σ values[j]`` over ``c - before <= j <= c + after`` for each place c along ``dim``, inside it."""
     total = values.clone()
-    channels = values.shape[2]
+    channels = values.shape[dim]
     for d in range(1, min(before, channels - 1) + 1):
-        total[:, :, d:] += values[:, :, :-d]
+        total.narrow(dim, d, channels - d).add_(values.narrow(dim, 0, channels - d))
     for d in range(1, min(after, channels - 1) + 1):
-        total[:, :, :-d] += values[:, :, d:]
+        total.narrow(dim, 0, channels - d).add_(values.narrow(dim, d, channels - d))
     return total
 
 
-def _denominator(x: Tensor, size: int, scale: float, k: float) -> Tensor:
+def _denominator(x: Tensor, dim: int, size: int, scale: float, k: float) -> Tensor:
     """``s = k + scale · Σ x²`` over a window of ``size`` channels, ``size // 2`` of them before: torch's rule for even sizes."""
-    return _window_sum(x * x, size // 2, (size - 1) // 2).mul_(scale).add_(k)
+    return _window_sum(x * x, dim, size // 2, (size - 1) // 2).mul_(scale).add_(k)
 
 
-def _power(s: Tensor, beta: float) -> Tensor:
+def _power(s: Tensor, beta: float | Tensor) -> Tensor:
     """``s^beta``; the usual 3/4 by square roots, several times faster than ``pow``."""
-    if beta == 0.75:
+    if (
+        not isinstance(beta, Tensor) and beta == 0.75
+    ):  # a tensor, which may be a parameter, gets its gradient from `pow`
         root = s.sqrt()
         return root * root.sqrt()
     return s.pow(beta)
@@ -53,20 +61,22 @@ def lrn(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int =
     ``x`` is ``[N, C, ...]`` with C divisible by ``groups``; the result has its shape and dtype. Paper, section 3.3.
     """
     if not x.is_floating_point():  # torch truncates its means of integers; nothing of ours applies
-        return F.local_response_norm(x, size, scale * size, beta, k)
-    z = x.unflatten(1, (groups, -1)).to(arithmetic_dtype(x.dtype))
-    return (z / _power(_denominator(z, size, scale, k), beta)).to(x.dtype).flatten(1, 2)
+        parts = [F.local_response_norm(part, size, scale * size, beta, k) for part in x.chunk(groups, 1)]
+        return parts[0] if groups == 1 else torch.cat(parts, 1)
+    z, dim = _by_group(x, groups)
+    y = (z / _power(_denominator(z, dim, size, scale, k), beta)).to(x.dtype)
+    return y if dim == 1 else y.flatten(1, 2)
 
 
 def lrn_backward(grad: Tensor, x: Tensor, size: int, scale: float, beta: float, k: float, groups: int = 1) -> Tensor:
     """Gradient of :func:`lrn`: ``dx_i = g_i s_i^-beta - 2·beta·scale·x_i Σ_j g_j x_j s_j^-(beta+1)``, j over those channels
     whose window holds i."""
-    work = arithmetic_dtype(x.dtype)
-    z, g = (t.unflatten(1, (groups, -1)).to(work) for t in (x, grad))
-    s = _denominator(z, size, scale, k)
+    (z, dim), (g, _) = _by_group(x, groups), _by_group(grad, groups)
+    s = _denominator(z, dim, size, scale, k)
     direct = g / _power(s, beta)
-    shared = _window_sum(direct * z / s, (size - 1) // 2, size // 2)
-    return (direct - (2 * beta * scale) * z * shared).to(x.dtype).flatten(1, 2)
+    shared = _window_sum(direct * z / s, dim, (size - 1) // 2, size // 2)
+    dx = (direct - (2 * beta * scale) * z * shared).to(x.dtype)
+    return dx if dim == 1 else dx.flatten(1, 2)
 
 
 def by_blocks(op: Callable[..., Tensor], tensors: tuple[Tensor, ...], *args: float) -> Tensor:

@@ -1,8 +1,9 @@
-"""Which backend runs: the default, a forced one, in threads, tasks and backward; and what explain and doctor say of it."""
+"""Which backend runs: the default, a forced one, in threads, tasks and backward; and what explain says of it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import os
 import subprocess
@@ -11,12 +12,10 @@ import threading
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import alexnet_kernels as ak
-from alexnet_kernels import dispatch, doctor
+from alexnet_kernels import dispatch
 from alexnet_kernels import functional as F
-from alexnet_kernels.cli.main import app
 
 X = torch.linspace(-3, 3, 2 * 16 * 3 * 3).reshape(2, 16, 3, 3)
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is on only where there is no GPU")
@@ -76,6 +75,16 @@ def test_never_a_silent_fallback_for_what_only_torch_can() -> None:
             torch.vmap(lambda t: F.local_response_norm(t, 3))(X[None])
         with pytest.raises(RuntimeError, match=r"cannot run lrn: no kernel for torch.float64"):
             F.local_response_norm(X.double(), 3)
+
+
+@CPU_ONLY
+def test_double_backward_is_plain_torch_and_says_so() -> None:
+    x = X.clone().requires_grad_()
+    with ak.use_backend("triton"):
+        y = F.local_response_norm(x, 5, 0.1)
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward runs in plain torch"):
+        dx.sum().backward()
 
 
 def test_nesting_and_restoring() -> None:
@@ -176,30 +185,120 @@ def test_triton_runs_on_a_gpu_and_says_so() -> None:
     assert x.grad is not None
 
 
-def test_doctor_tries_every_backend() -> None:
-    found = doctor.diagnose()
-    checks = {(c.backend, c.device): c for c in found.backends}
-    assert checks["reference", "cpu"].works
-    assert not checks["cuda", "cpu"].works
-    assert "no implementation" in checks["cuda", "cpu"].detail
-    assert all(c.works for c in found.backends if c.backend == "triton" and c.device.startswith("cuda"))
-    assert found.packages["torch"] == torch.__version__.split("+")[0] or found.packages["torch"] == torch.__version__
+def test_explain_parts_of_lrn_with_pooling() -> None:
+    """Two operations in their order; forced as the function is, which needs both."""
+    first, second = ak.explain("lrn_max_pool2d", X, 5).parts
+    assert (first.op, second.op) == ("lrn", "max_pool2d")
+    assert [part.op for part in ak.explain("max_pool2d_lrn", X, 5).parts] == ["max_pool2d", "lrn"]
+    said = ak.explain("lrn_max_pool2d", X, 5)
+    assert str(said).startswith("lrn_max_pool2d runs on reference, as 2 operations\n  lrn runs on reference\n")
+    assert json.loads(json.dumps(said.to_json()))["parts"][1]["op"] == "max_pool2d"
+    for name in ("lrn_max_pool2d", "max_pool2d_lrn"):
+        for call in (lambda name=name: ak.explain(name, X, 5), lambda name=name: getattr(F, name)(X, 5)):
+            with ak.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run max_pool2d"):
+                call()
 
 
-def test_doctor_survives_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise OSError("libsomething.so: undefined symbol\nand more")
+WRONG_SHAPES = [
+    ("max_pool2d", (X, 9)),
+    ("max_pool2d", (X, 3, 1, 2)),
+    ("conv2d_relu", (X, torch.ones(4, 5, 3, 3))),
+    ("linear_relu", (X, torch.ones(4, 5))),
+    ("spatial_response_norm", (X, 4)),
+    ("lrn_max_pool2d", (X, 5, 1e-4, 0.75, 1.0, 9)),
+    ("max_pool2d_lrn", (X, 0)),
+]
 
-    monkeypatch.setattr(F, "local_response_norm", broken)
-    checks = doctor.diagnose().backends
-    assert {(c.works, c.detail) for c in checks} == {(False, "libsomething.so: undefined symbol")}
+
+@pytest.mark.parametrize(("name", "arguments"), WRONG_SHAPES)
+def test_explain_raises_torchs_errors_too(name: str, arguments: tuple[object, ...]) -> None:
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        getattr(F, name)(*arguments)
+    with pytest.raises(raised.type):
+        ak.explain(name, *arguments)
 
 
-def test_doctor_command() -> None:
-    table = CliRunner().invoke(app, ["doctor"])
-    assert table.exit_code == 0
-    assert "reference" in table.output
-    found = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)
-    assert found["schema"] == 1
-    assert found["version"] == ak.__version__
-    assert {c["backend"] for c in found["backends"]} == set(dispatch.BACKENDS)
+def test_explain_runs_nothing_and_takes_only_our_functions() -> None:
+    with dispatch.recording() as used:
+        for name, (arguments, options) in CALLS.items():
+            ak.explain(name, *arguments(), **options)
+    assert used == set()
+    with pytest.raises(ValueError, match="op='max_pool2d' is not a function of"):
+        ak.explain(torch.nn.functional.max_pool2d, X, 2)
+
+
+def test_explain_says_why_only_plain_torch_can() -> None:
+    said = []
+    torch.vmap(lambda t: said.append(ak.explain("local_response_norm", t, 5)) or t)(X[None])
+    said.append(ak.explain("local_response_norm", X[:0], 5))
+    said.append(ak.explain("local_response_norm", X, 5, k=torch.tensor(2.0)))
+    for explanation, reason in zip(
+        said, ("function transform", "empty input", "alpha, beta or k is a tensor"), strict=True
+    ):
+        assert explanation.backend == "reference"
+        assert reason in explanation.why_not["triton"]
+
+
+def test_an_empty_input_runs_nothing_whatever_is_asked_for() -> None:
+    with ak.use_backend("cuda"):
+        assert F.local_response_norm(X[:0], 5).shape == (0, 16, 3, 3)
+
+
+def test_a_compiled_backward_asks_when_it_runs() -> None:
+    """Unlike eager code, where a backward runs as its forward did: the graph of the backward was made before."""
+    compiled = torch.compile(lambda x: F.local_response_norm(x, 5), fullgraph=True, backend="aot_eager")
+    y = compiled(X.clone().requires_grad_())
+    with ak.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' has no implementation of lrn_backward"):
+        y.sum().backward()
+
+
+def test_compiled_plain_operations_do_not_ask() -> None:
+    """They are torch's own in the graph: use_backend's docstring says so."""
+    compiled = torch.compile(lambda x: F.max_pool2d(x, 2), fullgraph=True, backend="eager")
+    with ak.use_backend("triton"):
+        assert torch.equal(compiled(X), torch.nn.functional.max_pool2d(X, 2))
+
+
+def test_a_backward_in_another_thread_and_task() -> None:
+    x = X.clone().requires_grad_()
+    with ak.use_backend("reference"):
+        y = F.local_response_norm(x, 5)
+    failed: list[BaseException] = []
+
+    def backward() -> None:
+        try:
+            with ak.use_backend("cuda"):  # of no account: the forward ran on the reference
+                y.sum().backward()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert x.grad is not None
+
+
+def test_a_thread_does_not_see_its_makers_block_once_restored() -> None:
+    """Forced in one thread, automatic in another at the same time: real calls, not only the name."""
+    used: dict[str, set[str]] = {}
+
+    def work() -> None:
+        with dispatch.recording() as seen:
+            F.max_pool2d(X, 2)
+        used["thread"] = seen
+
+    with ak.use_backend("cuda"):
+        thread = threading.Thread(target=contextvars.Context().run, args=(work,))
+        thread.start()
+        thread.join()
+    assert used["thread"] == {"reference"}
+
+
+def test_recording_nests_and_sees_every_backend() -> None:
+    with dispatch.recording() as outer:
+        F.lrn_max_pool2d(X, 5)
+        with dispatch.recording() as inner:
+            pass
+    assert outer == {"reference"}
+    assert inner == set()

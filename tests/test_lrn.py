@@ -135,6 +135,8 @@ def test_empty_batch_and_integers() -> None:
     assert F.local_response_norm(torch.zeros(0, 4, 2, 2), 5).shape == (0, 4, 2, 2)
     ints = torch.arange(24).reshape(1, 6, 2, 2)
     assert torch.equal(F.local_response_norm(ints, 3, 1.0), TF.local_response_norm(ints, 3, 1.0))
+    halves = torch.cat([TF.local_response_norm(half, 3, 1.0) for half in ints.chunk(2, 1)], 1)
+    assert torch.equal(F.local_response_norm(ints, 3, 1.0, groups=2), halves)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,6 +15,8 @@ from torch.testing._internal.common_modules import module_db
 from alexnet_kernels import functional as F
 from alexnet_kernels import nn
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+
 PAIRS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
     "nn.functional.local_response_norm": (F.local_response_norm, TF.local_response_norm),
     "nn.functional.max_pool2d": (F.max_pool2d, TF.max_pool2d),
@@ -62,8 +64,9 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert seen > 1
 
 
-@pytest.mark.parametrize("name", ["nn.functional.local_response_norm", "nn.functional.max_pool2d"])
+@pytest.mark.parametrize("name", list(PAIRS))
 def test_second_gradients(name: str) -> None:
+    """On six samples each, spread over the list: the whole of it takes minutes."""
     ours, _ = PAIRS[name]
     for x, args, kwargs in itertools.islice(samples(name, torch.float64, grad=True, most=6), 6):
         first = lambda x, args=args, kwargs=kwargs: tensors(ours(x, *args, **kwargs))[0]  # noqa: E731
@@ -207,8 +210,10 @@ class Watched(Tensor):
         lambda x: F.max_pool2d(x, 3),
         lambda x: F.conv2d_relu(x, W),
         lambda x: F.linear_relu(x, torch.ones(2, 7, dtype=torch.double)),
+        lambda x: F.lrn_max_pool2d(x, 5, groups=2),
+        lambda x: F.max_pool2d_lrn(x, 5, alpha_mode="sum"),
     ],
-    ids=["lrn", "spatial", "pool", "conv", "linear"],
+    ids=["lrn", "spatial", "pool", "conv", "linear", "lrn pool", "pool lrn"],
 )
 def test_a_tensor_subclass_sees_our_function(call: Callable[[Tensor], Tensor]) -> None:
     Watched.seen = []
@@ -241,3 +246,96 @@ def test_pooling_nan_and_ties_as_torch() -> None:
     got, expected = F.max_pool2d(x, 3, 2, return_indices=True), TF.max_pool2d(x, 3, 2, return_indices=True)
     torch.testing.assert_close(got, expected, equal_nan=True)
     assert torch.equal(got[1][0, 1, 0, 0], torch.tensor(1))  # the first of the equal zeros, after -inf
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_fx_records_one_node(name: str) -> None:
+    ours, _ = OPS[name]
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return ours(x)
+
+    traced = torch.fx.symbolic_trace(Module())
+    (target,) = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert getattr(F, target.__name__) is target
+    torch.testing.assert_close(traced(X), ours(X))
+
+
+def test_a_weight_that_is_a_proxy_is_recorded_too() -> None:
+    traced = torch.fx.symbolic_trace(lambda weight, bias: F.conv2d_relu(X, weight, bias))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [F.conv2d_relu]
+    torch.testing.assert_close(traced(W, B), F.conv2d_relu(X, W, B))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_learned_coefficients_have_gradients(groups: int) -> None:
+    """Torch's function takes a tensor for alpha, beta or k and differentiates by it; so does ours, in plain torch."""
+
+    def values(norm: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        numbers = [torch.tensor(v, dtype=torch.double, requires_grad=True) for v in (0.3, 0.75, 1.5)]
+        parts = [norm(part, 5, *numbers) for part in X.chunk(groups, 1)]
+        y = (
+            torch.cat(parts, 1)
+            if norm is TF.local_response_norm
+            else F.local_response_norm(X, 5, *numbers, groups=groups)
+        )
+        return y, *torch.autograd.grad(y.square().sum(), numbers)
+
+    torch.testing.assert_close(values(F.local_response_norm), values(TF.local_response_norm))
+
+
+@pytest.mark.parametrize("name", ["lrn", "spatial", "pool", "conv"])
+def test_unbatched_or_any_dimensions(name: str) -> None:
+    """[C, H, W] as torch reads it: one image, and for LRN [N, C, L]."""
+    ours, theirs = OPS[name]
+    for x in (X[0], X[:, :, None]) if name == "lrn" else (X[0],):
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_of_what_torch_runs(dtype: torch.dtype) -> None:
+    x, w = X.to(dtype), W.to(dtype)
+    assert torch.equal(F.max_pool2d(x, 3, 2), TF.max_pool2d(x, 3, 2))
+    assert torch.equal(F.conv2d_relu(x, w), TF.conv2d(x, w).relu())
+    assert torch.equal(F.linear_relu(x, V.to(dtype)), TF.linear(x, V.to(dtype)).relu())
+
+
+def test_meta_has_gradients_and_layout() -> None:
+    x = X.contiguous(memory_format=torch.channels_last).to("meta").requires_grad_()
+    y = F.local_response_norm(x, 5)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for t in (y, dx):
+        assert t.is_meta and t.shape == X.shape and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_export_with_dynamic_shapes() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.lrn_max_pool2d(x, 5, 0.3)
+
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(Module(), (X,), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    other = torch.randn(3, 6, 9, 11, dtype=torch.double)  # odd sides, as X: torch's pooling guards that they stay so
+    torch.testing.assert_close(program.module()(other), Module()(other))
+
+
+REFUSED = [
+    (lambda f: f.local_response_norm(X * 1j, 5), "real numbers"),
+    (lambda f: f.local_response_norm(X[0, 0], 5), "Expected 3D or higher"),
+    (lambda f: f.local_response_norm(X, 5.0), r"size=5.0 must be an integer, got float; convert with int"),
+    (lambda f: f.local_response_norm(X, "5"), "size='5' must be an integer"),
+    (lambda f: f.max_pool2d(X * 1j, 2), "not implemented|not supported"),
+    (lambda f: f.max_pool2d(X, 3, padding=2), "pad should be at most half"),
+    (lambda f: f.max_pool2d(X, 2, stride=0), "stride should not be zero"),
+    (lambda f: f.max_pool2d(X, 9), "too small"),
+    (lambda f: f.max_pool2d(X[0, 0], 2), "3D or 4D"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_what_torch_refuses_has_a_clear_error(call: Callable[..., object], message: str) -> None:
+    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
+        call(TF)
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message):
+        call(F)

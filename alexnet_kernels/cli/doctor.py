@@ -37,6 +37,7 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
         for name, value in section.items():
             facts.add_row(name, escape(value))
         facts.add_section()
+    facts.add_row("compiled", escape(diagnosis.library))
     facts.add_row("rebuild", escape(diagnosis.rebuild))
     console.print(facts)
     backends = Table(box=SIMPLE_HEAD)
@@ -45,3 +46,5 @@ def _show(diagnosis: Diagnosis, console: Console) -> None:
     for check in diagnosis.backends:
         backends.add_row(check.backend, check.device, "works" if check.works else "-", escape(check.detail))
     console.print(backends)
+    for problem in diagnosis.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, highlight=False)

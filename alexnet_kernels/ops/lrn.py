@@ -71,6 +71,8 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Through the reference, which is differentiable to any order: double backward is rare and need not be fast."""
+    with dispatch.use_backend(ctx.backend):
+        dispatch.require_reference("the gradient of lrn_backward", "double backward runs in plain torch")
     arguments = _arguments(ctx)
     grads = torch.func.vjp(lambda g, x: reference.lrn_backward(g, x, *arguments), *ctx.saved_tensors)[1](grad)
     return (*grads, None, None, None, None, None)
