@@ -6,7 +6,12 @@ flat index does so in :func:`index_type`. Nothing else in ``kernels`` touches th
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +47,24 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__.lstrip("_")
+
+
+def table_of(gpu: str) -> Path:
+    """Where the tuned table of a GPU of that name stands, or would."""
+    return Path(__file__).with_name("tuned") / (re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+@functools.cache
+def tuned(family: str, device: torch.device) -> dict[str, Config]:
+    """What ``make tune`` chose on this GPU for the kernels of one file; empty where it has not run."""
+    path = table_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if path is None or not path.exists():
+        return {}
+    try:
+        return {name: Config(**row) for name, row in json.loads(path.read_text())["kernels"].get(family, {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} is no tuned table ({error}); the built-in configurations are used", stacklevel=2)
+        return {}
 
 
 def run(launch: Launch) -> None:

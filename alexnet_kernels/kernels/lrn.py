@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, Launch, block_of, index_type, run
+from ._launch import Config, Launch, block_of, index_type, run, tuned
 from ._tile import read, read_channels, write_channels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -302,7 +302,8 @@ def plan(tensors: tuple[Tensor, ...], size: int, scale: float, beta: float, k: f
     pixels, elements = x.shape[2:].numel(), x.numel()
     form, innermost = _form(x, size, channels)
     kernel = (_FORWARD if len(tensors) == 2 else _BACKWARD)[form]
-    config = CONFIGS[kernel.fn.__name__.lstrip("_")]
+    name = kernel.fn.__name__.lstrip("_")
+    config = tuned("lrn", x.device).get(name, CONFIGS[name])
     block = config.block
     constants = {"CHANNELS": channels, "BETA": float(beta), "BLOCK": block}
     sizes: tuple[int, ...]
