@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import functional, reference
+from . import _extension, functional, reference
 from ._version import __version__
 from .dispatch import BACKENDS, ENVIRONMENT_VARIABLE, use_backend
 
 PACKAGES = ("torch", "triton", "numpy", "torchvision", "nvidia-ml-py")
 VARIABLES = (ENVIRONMENT_VARIABLE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-REBUILD = 'pip install --no-build-isolation -e ".[bench]" -c constraints.txt'
-LIBRARY = "cuda, cpu: no compiled library in this version"
 _TOLERANCE = 1e-5  # of fp32 against fp64, on 16 channels
 
 
@@ -46,8 +44,8 @@ class Diagnosis:
     gpus: tuple[dict[str, str], ...]
     backends: tuple[Check, ...]
     problems: tuple[str, ...] = ()
-    library: str = LIBRARY
-    rebuild: str = REBUILD
+    library: str = ""
+    rebuild: str = _extension.REBUILD
 
     def to_json(self) -> dict[str, object]:
         return {"schema": 1, **asdict(self)}
@@ -76,6 +74,7 @@ def diagnose() -> Diagnosis:
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
         backends=checks,
         problems=_problems(checks),
+        library="; ".join(f"{name}: {_extension.describe(name)}" for name in _extension.OPERATIONS),
     )
 
 
@@ -166,4 +165,5 @@ def _problems(checks: tuple[Check, ...]) -> tuple[str, ...]:
         f"{c.backend} on {c.device} is {c.detail}; please report it" for c in checks if c.detail.startswith("wrong")
     ]
     broken = [f"reference on {c.device}: {c.detail}" for c in checks if c.backend == "reference" and not c.works]
-    return tuple(dict.fromkeys(found + wrong + [line for line in broken if "wrong" not in line]))
+    unloadable = [f"{n}: {why}" for n in _extension.OPERATIONS if "not load" in (why := _extension.describe(n))]
+    return tuple(dict.fromkeys(found + wrong + unloadable + [line for line in broken if "wrong" not in line]))

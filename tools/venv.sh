@@ -52,7 +52,12 @@ same_settings=no
 if [ "$TORCH|$TORCH_INDEX|$PYTHON" = "$(asked TORCH)|$(asked TORCH_INDEX)|$(asked PYTHON)" ]; then
     same_settings=yes
 fi
-contents=$(cat pyproject.toml setup.py constraints.txt alexnet_kernels/_version.py tools/venv.sh | cksum)
+# What the compiled libraries are made from and with counts too: a compiler that was installed since is used.
+contents=$({
+    cat pyproject.toml setup.py constraints.txt alexnet_kernels/_version.py tools/venv.sh csrc/*
+    command -v "${CXX:-g++}" nvcc || true
+    echo "${ALEXNET_KERNELS_BUILD:-auto}"
+} | cksum)
 
 if [ $same_settings = yes ] && [ "$(cat "$venv/finished" 2>/dev/null)" = "$contents" ]; then exit; fi
 check_ours
