@@ -1,0 +1,295 @@
+"""The C++ kernels against fp64 and against torch: values, gradients, ties, NaN, layouts, threads, instruction sets."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from alexnet_kernels import _extension, reference
+
+pytestmark = pytest.mark.skipif(_extension.why_not("cpu") is not None, reason=str(_extension.why_not("cpu")))
+OPS = torch.ops.alexnet_kernels_cpu
+ROOT = Path(__file__).parents[2]
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+PAPER = (3, 3, 2, 2, 0, 0, 1, 1)
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    """[N, C, H, W] in either layout and any dtype, and a number of groups that divides C."""
+    groups = draw(st.integers(1, 3))
+    shape = (
+        draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 19)),
+        draw(st.integers(1, 17)),
+        draw(st.integers(1, 17)),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 20)))
+    x = torch.randn(shape, generator=generator) * draw(st.sampled_from([0.1, 3.0, 60.0]))
+    return x.to(draw(st.sampled_from(DTYPES))).contiguous(memory_format=draw(st.sampled_from(LAYOUTS))), groups
+
+
+COEFFICIENTS = st.tuples(
+    st.sampled_from([1, 2, 3, 4, 5, 5, 5, 8, 60]),
+    st.sampled_from([1e-4, 0.1]),
+    st.sampled_from([0.75, 0.75, 0.5, 1.0, 0.6]),
+    st.sampled_from([1.0, 2.0]),
+)
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> tuple[int, ...]:
+    if draw(st.booleans()):
+        return PAPER
+    kernel, small, dilation = st.integers(1, 4), st.integers(1, 3), st.integers(1, 2)
+    kh, kw = draw(kernel), draw(kernel)
+    padding = (draw(st.integers(0, kh // 2)), draw(st.integers(0, kw // 2)))
+    return (kh, kw, draw(small), draw(small), *padding, draw(dilation), draw(dilation))
+
+
+def layout_of(x: torch.Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def like(x: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+    """Random, of x's dtype and layout."""
+    return torch.randn(shape or x.shape).to(x.dtype).contiguous(memory_format=layout_of(x))
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def check(got: torch.Tensor, exact: torch.Tensor, torchs: torch.Tensor) -> None:
+    """At most 1.5 times the error of torch's arithmetic in fp32, rounded to the dtype (fp64: a few roundings)."""
+    floor = 1e-7 if got.dtype != torch.float64 else 4e-16  # where torch happens to be exact
+    assert error(got, exact) <= max(1.5 * error(torchs.detach().to(got.dtype), exact), floor)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(reference.arithmetic_dtype(x.dtype))
+
+
+def torchs_lrn(x: torch.Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> torch.Tensor:
+    return torch.cat([TF.local_response_norm(part, size, scale * size, beta, k) for part in x.chunk(groups, 1)], 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tensors(), COEFFICIENTS)
+def test_lrn(given_x: tuple[torch.Tensor, int], coefficients: tuple[int, float, float, float]) -> None:
+    x, groups = given_x
+    grad = like(x)
+    y = OPS.lrn(x, *coefficients, groups)
+    dx = OPS.lrn_backward(grad, x, *coefficients, groups)
+    assert y.stride() == torch.empty_like(x).stride() == dx.stride()
+    leaf = wide(x).clone().requires_grad_()
+    torchs = torchs_lrn(leaf, *coefficients, groups)
+    (torchs_dx,) = torch.autograd.grad(torchs, leaf, wide(grad))
+    check(y, reference.lrn(x.double(), *coefficients, groups), torchs)
+    check(dx, reference.lrn_backward(grad.double(), x.double(), *coefficients, groups), torchs_dx)
+
+
+def pooled(x: torch.Tensor, window: tuple[int, ...], ceil: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    kh, kw, sh, sw, ph, pw, dh, dw = window
+    try:
+        return TF.max_pool2d(x, (kh, kw), (sh, sw), (ph, pw), (dh, dw), ceil, return_indices=True)
+    except RuntimeError:
+        assume(False)
+        raise
+
+
+def indices(place: torch.Tensor, window: tuple[int, ...], width: int) -> torch.Tensor:
+    """torch's flat positions from the taps."""
+    _, kw, sh, sw, ph, pw, dh, dw = window
+    rows = torch.arange(place.shape[2])[:, None] * sh - ph + place.long() // kw * dh
+    return rows * width + torch.arange(place.shape[3]) * sw - pw + place.long() % kw * dw
+
+
+def every_window_sees_the_picture(x: torch.Tensor, y: torch.Tensor, window: tuple[int, ...]) -> bool:
+    """Not so for a dilated window over a very small picture, where torch's index points beside it."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (window[i : i + 2] for i in (0, 2, 4, 6))
+    axes = zip(x.shape[2:], y.shape[2:], (kh, kw), (sh, sw), (ph, pw), (dh, dw), strict=True)
+    return all(any(0 <= o * s - p + t * d < n for t in range(k)) for n, m, k, s, p, d in axes for o in range(m))
+
+
+@settings(deadline=None, max_examples=100)
+@given(tensors(), windows(), st.booleans(), st.sampled_from(["plain", "ties", "minus infinity", "nan"]))
+def test_pooling_is_torchs(given_x: tuple[torch.Tensor, int], window: tuple[int, ...], ceil: bool, kind: str) -> None:
+    x, _ = given_x
+    if kind == "ties":
+        x = x.clamp(-1, 1).round()
+    if kind in ("minus infinity", "nan"):
+        x = x.masked_fill(like(x) > 0.5, float("-inf"))
+    if kind == "nan":
+        x = x.masked_fill(like(x) > 1.5, float("nan"))
+    expected, positions = pooled(x, window, ceil)
+    assume(every_window_sees_the_picture(x, expected, window))
+    y, place = OPS.max_pool2d(x, window, ceil, True)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(indices(place, window, x.shape[3]), positions)
+    assert OPS.max_pool2d(x, window, ceil, False)[1].shape == (0,)
+    grad = like(x, y.shape)
+    place = place.contiguous(memory_format=layout_of(grad))
+    dx = OPS.max_pool2d_backward(grad, place, x.shape[2], x.shape[3], window)
+    torch.testing.assert_close(dx, scattered(wide(grad), positions, x).to(x.dtype))
+
+
+def scattered(grad: torch.Tensor, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    flat = torch.zeros(*x.shape[:2], x.shape[2] * x.shape[3], dtype=grad.dtype)
+    return flat.scatter_add_(2, positions.flatten(2), grad.flatten(2)).view(x.shape)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tensors(), COEFFICIENTS, windows(), st.booleans(), st.booleans(), st.booleans(), st.booleans())
+def test_fused_is_the_parts_in_one(
+    given_x: tuple[torch.Tensor, int],
+    coefficients: tuple[int, float, float, float],
+    window: tuple[int, ...],
+    ceil: bool,
+    relu: bool,
+    with_bias: bool,
+    pool_first: bool,
+) -> None:
+    """Forward bit for bit; backward within the tolerance, with the bias gradient."""
+    x, groups = given_x
+    bias = torch.randn(x.shape[1]).to(x.dtype) if with_bias else None
+    a = x if bias is None else x + bias[:, None, None]
+    a = (a.relu() if relu else a).contiguous(memory_format=layout_of(x))
+    before = a if pool_first else OPS.lrn(a, *coefficients, groups)
+    expected, positions = pooled(before, window, ceil)
+    assume(every_window_sees_the_picture(x, expected, window))
+    if pool_first:
+        expected = OPS.lrn(expected, *coefficients, groups)
+    y, place = OPS.lrn_pool(x, bias, relu, *coefficients, groups, window, ceil, pool_first, True)
+    assert torch.equal(y, expected)
+    assert torch.equal(indices(place, window, x.shape[3]), positions)
+    grad = like(x, y.shape)
+    place = place.contiguous(memory_format=layout_of(grad))
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        g, z = grad.to(dtype), a.to(dtype)
+        if pool_first:
+            maxima = z.flatten(2).gather(2, positions.flatten(2)).view(y.shape)
+            dx = scattered(reference.lrn_backward(g, maxima, *coefficients, groups), positions, x)
+        else:
+            dx = reference.lrn_backward(scattered(g, positions, x), z, *coefficients, groups)
+        return dx * (a > 0) if relu else dx
+
+    arguments = (x, bias, place, relu, *coefficients, groups, window, pool_first)
+    dx, dbias = OPS.lrn_pool_backward(grad, *arguments, True)
+    exact = gradient(torch.float64)
+    check(dx, exact, gradient(wide(x).dtype))
+    absolute = exact.abs().sum((0, 2, 3)).clamp_min(1e-30)
+    assert float(((dbias.double() - exact.sum((0, 2, 3))) / absolute).abs().max()) < 4 * torch.finfo(x.dtype).eps
+    assert OPS.lrn_pool_backward(grad, *arguments, False)[1].shape == (0,)
+
+
+def test_infinity_and_nan_go_where_torchs_do() -> None:
+    x = torch.randn(1, 12, 2, 3)
+    x[0, 3, 0, 0], x[0, 7, 1, 1] = float("inf"), float("nan")
+    for layout in LAYOUTS:
+        y = OPS.lrn(x.contiguous(memory_format=layout), 5, 0.1, 0.75, 1.0, 1)
+        torch.testing.assert_close(y, TF.local_response_norm(x, 5, 0.5, 0.75, 1.0), equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 6, 5), (2, 6, 2, 3, 4)])
+def test_lrn_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    torch.testing.assert_close(OPS.lrn(x, 5, 0.1, 0.75, 1.0, 2), reference.lrn(x, 5, 0.1, 0.75, 1.0, 2))
+
+
+def all_results(dtype: torch.dtype, layout: torch.memory_format) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    x = (torch.randn(5, 96, 27, 29) * 3).to(dtype).contiguous(memory_format=layout)
+    bias, found = torch.randn(96).to(dtype), []
+    for beta in (0.75, 0.6):
+        found += [OPS.lrn(x, 5, 0.1, beta, 2.0, 2), OPS.lrn_backward(x, x, 5, 0.1, beta, 2.0, 2)]
+    for pool_first in (False, True):
+        y, place = OPS.lrn_pool(x, bias, True, 5, 0.1, 0.75, 2.0, 2, PAPER, False, pool_first, True)
+        arguments = (x, bias, place, True, 5, 0.1, 0.75, 2.0, 2, PAPER, pool_first, True)
+        found += [y, place, *OPS.lrn_pool_backward(y, *arguments)]
+    y, place = OPS.max_pool2d(x, PAPER, False, True)
+    return [*found, y, place, OPS.max_pool2d_backward(y, place, 27, 29, PAPER)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(all_results(dtype, layout))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_instruction_set_changes_no_bit() -> None:
+    """The baseline in a process of its own, against whatever runs here."""
+    code = (
+        "import sys, torch, test_cpu_kernels as t; assert t.OPS.simd_level() == 0\n"
+        "torch.save([t.all_results(d, l) for d in t.DTYPES for l in t.LAYOUTS], sys.stdout.buffer)"
+    )
+    environment = {**os.environ, "ALEXNET_KERNELS_SIMD": "baseline", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode()
+    baseline = torch.load(io.BytesIO(done.stdout))
+    here = [all_results(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
+    for a, b in zip(baseline, here, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_what_no_kernel_may_be_given_is_refused() -> None:
+    x = torch.randn(1, 4, 5, 5)
+    with pytest.raises(RuntimeError, match="float32, float64 or bfloat16"):
+        OPS.lrn(x.half(), 5, 0.1, 0.75, 1.0, 1)
+    with pytest.raises(RuntimeError, match="groups must divide C"):
+        OPS.lrn(x, 5, 0.1, 0.75, 1.0, 3)
+    with pytest.raises(RuntimeError, match="shape, dtype and layout"):
+        OPS.lrn_backward(x[:, :2], x, 5, 0.1, 0.75, 1.0, 1)
+    with pytest.raises(RuntimeError, match="area at most 256"):
+        OPS.max_pool2d(x, (17, 17, 1, 1, 0, 0, 1, 1), False, True)
+    with pytest.raises(RuntimeError, match="does not fit"):
+        OPS.max_pool2d(x, (7, 7, 1, 1, 0, 0, 1, 1), False, True)
+
+
+@pytest.mark.slow
+def test_under_sanitizers(tmp_path: Path) -> None:
+    """Odd shapes, buffers of the exact size, every instruction set of this machine, tasks divided in several ways."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on PATH")
+    sources = [str(ROOT / "csrc/lrn_pool_cpu.cpp"), str(ROOT / "tests/cpu/kernels_driver.cpp")]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+    driver = tmp_path / "driver"
+    command = [
+        compiler,
+        *FLAGS,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        *sanitizers,
+        f"-I{ROOT / 'csrc'}",
+        *sources,
+        "-o",
+        str(driver),
+    ]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(driver), "2000"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ok 0"), done.stdout + done.stderr
