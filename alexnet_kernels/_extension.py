@@ -36,12 +36,13 @@ def why_not(name: str) -> str | None:
         if missing:
             raise OSError(f"it has no {', '.join(missing)}")
     except Exception as error:
+        original = error.__cause__ or error  # torch says only that it could not load the library
         warnings.warn(
-            f"{path} does not load, so what it would run, other implementations run: {error}\nRebuild it: {REBUILD}",
+            f"{path} does not load, so what it would run, other implementations run: {original}\nRebuild it: {REBUILD}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return f"the compiled library does not load: {(str(error).splitlines() or [''])[0]}; {REBUILD}"
+        return f"the compiled library does not load: {(str(original).splitlines() or [''])[0]}; {REBUILD}"
     return None
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as TF
 
+from alexnet_kernels import _extension, models, use_backend
 from alexnet_kernels import functional as F
-from alexnet_kernels import models
 from alexnet_kernels.comparison.run import training_step
 from alexnet_kernels.comparison.stock import stock_alexnet
 from alexnet_kernels.profiling.timer import interleave
@@ -37,8 +37,14 @@ def measure(benchmark, calls: Mapping[str, Callable[[], object]], rounds: int) -
     benchmark.pedantic(once, rounds=3, iterations=1)
     best = max(measurements, key=lambda m: m["stock"] / m["ours"])
     benchmark.extra_info.update({f"{name} ms": round(value, 3) for name, value in best.items()})
-    benchmark.extra_info["stock / ours"] = round(best["stock"] / best["ours"], 3)
+    for name in best.keys() - {"ours"}:
+        benchmark.extra_info[f"{name} / ours"] = round(best[name] / best["ours"], 3)
     print(f"\n{benchmark.name}: {benchmark.extra_info}")
+
+
+def on_reference(function: Callable[..., torch.Tensor], *args: object, **options: object) -> torch.Tensor:
+    with use_backend("reference"):
+        return function(*args, **options)
 
 
 @pytest.fixture
@@ -71,6 +77,7 @@ def test_lrn_forward(benchmark, shape: tuple[int, ...], layout: str) -> None:
         calls = {
             "ours": lambda: F.local_response_norm(x, 5, k=2.0),
             "stock": lambda: TF.local_response_norm(x, 5, k=2.0),
+            "reference": partial(on_reference, F.local_response_norm, x, 5, k=2.0),
         }
         measure(benchmark, calls, rounds=9)
 
@@ -78,9 +85,32 @@ def test_lrn_forward(benchmark, shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("shape", [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)], ids=["norm1", "norm2"])
 def test_lrn_backward(benchmark, shape: tuple[int, ...]) -> None:
     x, g = (torch.randn(shape).relu() * 20).requires_grad_(), torch.randn(shape)
-    outputs = {"ours": F.local_response_norm(x, 5, k=2.0), "stock": TF.local_response_norm(x, 5, k=2.0)}
+    outputs = {
+        "ours": F.local_response_norm(x, 5, k=2.0),
+        "stock": TF.local_response_norm(x, 5, k=2.0),
+        "reference": on_reference(F.local_response_norm, x, 5, k=2.0),  # its backward follows
+    }
     calls = {name: partial(torch.autograd.grad, y, x, g, retain_graph=True) for name, y in outputs.items()}
     measure(benchmark, calls, rounds=9)
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)], ids=["norm1", "norm2"])
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_relu_lrn_pool_forward(benchmark, shape: tuple[int, ...], layout: str) -> None:
+    """The compiled library's one pass, beside the three modules and what torch.compile makes of them."""
+    reason = _extension.why_not("cpu")
+    if reason:
+        pytest.skip(reason)
+    x = (torch.randn(shape) * 20).contiguous(memory_format=getattr(torch, layout))
+    stock = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LocalResponseNorm(5, k=2.0), torch.nn.MaxPool2d(3, 2))
+    arguments = (None, True, 5, 2e-5, 0.75, 2.0, 1, (3, 3, 2, 2, 0, 0, 1, 1), False, False, False)
+    with torch.inference_mode():
+        calls = {
+            "ours": lambda: torch.ops.alexnet_kernels_cpu.lrn_pool(x, *arguments),
+            "stock": partial(stock, x),
+            "compiled": partial(torch.compile(stock), x),
+        }
+        measure(benchmark, calls, rounds=9)
 
 
 def test_import(benchmark) -> None:

@@ -1,0 +1,138 @@
+"""The optional build: every mode, with and without a compiler, and a library that does not load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_kernels import _extension, dispatch
+from alexnet_kernels import functional as F
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def build(tmp_path: Path):
+    """``python setup.py build`` of a copy, into ``tmp_path/lib``."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("csrc", "alexnet_kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_*.txt", "__pycache__"))
+
+    def run(**variables: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")]
+        environment = {**os.environ, "CUDA_HOME": "/nowhere", **variables}
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
+        return done, tmp_path / "lib" / "alexnet_kernels"
+
+    return run
+
+
+@pytest.fixture
+def broken_compiler(tmp_path: Path) -> str:
+    path = tmp_path / "c++"
+    path.write_text("#!/bin/sh\necho 'lrn_pool_cpu.cpp:1: error: the planted one' >&2\nexit 1\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def libraries(package: Path) -> list[str]:
+    return [path.name for path in package.iterdir() if path.suffix == ".so"]
+
+
+def test_off_builds_nothing(build) -> None:
+    done, package = build(ALEXNET_KERNELS_BUILD="off")
+    assert done.returncode == 0, done.stderr
+    assert libraries(package) == []
+    assert "ALEXNET_KERNELS_BUILD=off" in (package / "_cpu.txt").read_text()
+
+
+def test_without_a_compiler_the_reason_stays(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, package = build(CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert libraries(package) == []
+    monkeypatch.setattr(_extension, "_FOLDER", package)
+    _extension.why_not.cache_clear()
+    try:
+        for name, reason in (("cpu", "no C++ compiler: no-such-compiler not found"), ("cuda", "")):
+            assert reason in str(_extension.why_not(name))
+        with dispatch.recording() as used:
+            F.local_response_norm(torch.ones(1, 4, 2), 3)
+        assert used == {"reference"}
+    finally:
+        _extension.why_not.cache_clear()
+
+
+def test_a_failed_build_breaks_nothing_unless_asked_for(build, broken_compiler: str) -> None:
+    done, package = build(CXX=broken_compiler)
+    assert done.returncode == 0, done.stderr
+    assert libraries(package) == []
+    assert "error: the planted one" in (package / "_cpu.txt").read_text()
+    done, _ = build(CXX=broken_compiler, ALEXNET_KERNELS_BUILD="on")
+    assert done.returncode != 0
+    assert "ALEXNET_KERNELS_BUILD=on" in done.stderr and "error: the planted one" in done.stderr
+
+
+def test_an_unknown_mode_is_an_error(build) -> None:
+    done, _ = build(ALEXNET_KERNELS_BUILD="yes")
+    assert done.returncode != 0
+    assert "ALEXNET_KERNELS_BUILD='yes' is no way to build; use 'auto', 'on' or 'off'" in done.stderr
+
+
+@pytest.mark.slow
+def test_on_builds_the_library_and_it_stands_alone(build) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    done, package = build(ALEXNET_KERNELS_BUILD="on")
+    assert done.returncode == 0, done.stderr
+    assert libraries(package) == ["_cpu.abi3.so"]
+    code = (
+        "import torch, alexnet_kernels as ak; print(ak.explain('local_response_norm', torch.ones(1, 4, 2), 3).backend)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=package.parent
+    )
+    assert (ran.stdout.strip(), ran.returncode) == ("cpu", 0), ran.stderr
+
+
+@pytest.mark.parametrize("content", [b"not a library", b""])
+def test_a_library_that_does_not_load_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    (tmp_path / "_cpu.abi3.so").write_bytes(content)
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    _extension.why_not.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as said, dispatch.recording() as used:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                F.local_response_norm(torch.ones(1, 4, 2), 3)
+        assert used == {"reference"}
+        (warning,) = (w for w in said if "does not load" in str(w.message))
+        assert "file too short" in str(warning.message) or "invalid ELF header" in str(warning.message)
+        assert "pip install --no-build-isolation" in str(warning.message)
+        assert "does not load" in _extension.describe("cpu")
+    finally:
+        _extension.why_not.cache_clear()
+
+
+def test_a_library_that_lacks_an_operation_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _extension.why_not("cpu") is not None:
+        pytest.skip(str(_extension.why_not("cpu")))
+    monkeypatch.setitem(_extension.OPERATIONS, "cpu", ("lrn", "from_the_future"))
+    _extension.why_not.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="it has no from_the_future"):
+            assert "does not load: it has no from_the_future" in str(_extension.why_not("cpu"))
+    finally:
+        _extension.why_not.cache_clear()
