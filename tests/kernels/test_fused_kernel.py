@@ -126,7 +126,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["after", "first"])
-@pytest.mark.parametrize("activated", [False, True], ids=["plain", "activated"])
+@pytest.mark.parametrize("activated", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "activated"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[5]}".replace(" ", ""))
 def test_every_form(case: Any, activated: bool, first: bool) -> None:
     form, shape, innermost, size, groups, window, ceil_mode = case
