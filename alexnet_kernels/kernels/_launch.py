@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, for x, y and z
+# Compiled handles: the second launch of a kind calls what the first one compiled, past Triton's own look-up. They are asked
+# for by ALEXNET_KERNELS_HANDLES=1 until a GPU has run them, and only taken with the Triton whose launcher they were written to.
+HANDLES = os.environ.get("ALEXNET_KERNELS_HANDLES") == "1" and triton.__version__.startswith("3.6.")
+_handles: dict[tuple[Any, ...], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,59 @@ def run(launch: Launch) -> None:
     if 0 in launch.grid:
         return
     with torch.cuda.device_of(launch.args[0]):  # does nothing for CPU tensors, which the interpreter takes
-        launch.kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.num_warps)
+        key = handle_key(launch) if HANDLES and _plain(launch) else None
+        if key is not None and key in _handles:
+            _run_handle(_handles[key], launch)
+            return
+        compiled = launch.kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.num_warps)
+        if key is not None:
+            _handles[key] = compiled
+
+
+def handle_key(launch: Launch) -> tuple[Any, ...]:
+    """All that Triton 3.6 compiles by: two launches with one key run the same machine code.
+
+    Of a tensor that is its dtype and whether it starts at a multiple of 16 bytes; of an integer whether it is 1 (then it is a
+    constant), a multiple of 16, and beyond int32; of a float nothing.
+    """
+    kinds: list[Any] = []
+    for value in launch.args:
+        if isinstance(value, Tensor):
+            kinds.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif isinstance(value, int):
+            kinds.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
+        else:
+            kinds.append(float)
+    return id(launch.kernel), launch.args[0].device, launch.num_warps, tuple(kinds), tuple(launch.constants.items())
+
+
+def _plain(launch: Launch) -> bool:
+    """Whether nothing but the launch itself is wanted of Triton: no interpreter, hooks, debugging or instrumentation."""
+    knobs = triton.knobs
+    hooked = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+    watched = knobs.runtime.debug or knobs.compilation.instrumentation_mode or hooked
+    return isinstance(launch.kernel, triton.JITFunction) and not launch.kernel.pre_run_hooks and not watched
+
+
+def _run_handle(handle: Any, launch: Launch) -> None:
+    """What the end of ``JITFunction.run`` does; a kernel's constants stand behind its arguments, in the order of its names."""
+    names = launch.kernel.arg_names[len(launch.args) :]
+    grid = (*launch.grid, 1, 1)
+    stream = triton.runtime.driver.active.get_current_stream(launch.args[0].device.index)
+    handle.run(
+        *grid[:3], stream, handle.function, handle.packed_metadata, None, None, None,
+        *launch.args, *(launch.constants[name] for name in names),
+    )  # fmt: skip
 
 
 def index_type(count: int) -> tl.dtype:
     """The narrowest integer that holds every flat index below ``count``."""
     return tl.int32 if count <= 2**31 else tl.int64
+
+
+def plane_index(count: int, plane: int, elements: int, block: int) -> tl.dtype:
+    """INDEX of :func:`plane_block` for ``count`` things, ``plane`` of them a plane, where a plane has ``elements`` in memory."""
+    return index_type(max(count + block, (block // max(plane, 1) + 2) * elements))
 
 
 @triton.jit
@@ -89,3 +142,13 @@ def block_of(index, count, BLOCK: tl.constexpr):
     start = index.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     return start, lane, lane < tl.minimum(count - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def plane_block(index, count, PLANE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """Block ``index`` of ``count`` things, PLANE of them a plane: its first plane (a scalar, int64), its lanes as INDEX, counted
+    from the first thing of that plane, and which of them exist."""
+    start = tl.cast(index, INDEX) * BLOCK
+    plane = start // PLANE
+    lane = tl.arange(0, BLOCK)
+    return plane.to(tl.int64), (start - plane * PLANE) + lane, lane < tl.minimum(count - start, BLOCK).to(tl.int32)

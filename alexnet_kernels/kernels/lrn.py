@@ -8,8 +8,8 @@ vector   size 5, channels innermost, 8·m channels a group: a thread owns 8 chan
 ring     size 5, pixels innermost: a thread owns a pixel and walks its channels, the window in registers
 general  everything else: a thread owns an element, the first-level cache serves its window
 
-A power that is not one of ``_power``'s closed forms goes through ``exp2`` and ``log2``, whose error grows with the power:
-about ``(2 + |beta · log2 s|) · 2^-22``, relative.
+A power that is not one of ``_response.power_of``'s closed forms goes through ``exp2`` and ``log2``, whose error grows with
+the power: about ``(2 + |beta · log2 s|) · 2^-22``, relative.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Config, Launch, block_of, index_type, run, tuned
+from ._response import eight_backward, eight_forward, power_of, ring_block, terms, write_planes
 from ._tile import read, read_channels, write_channels
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,89 +36,6 @@ CONFIGS = {
     "general_forward": Config(block=512),
     "general_backward": Config(block=256),
 }
-
-
-@triton.jit
-def _power(s, BETA: tl.constexpr):
-    """``s^-beta`` and ``1/s``."""
-    if BETA == 0.75:
-        r = tl.rsqrt(s)
-        power = r * tl.sqrt(r)
-        inverse = r * r
-    elif BETA == 0.5:
-        power = tl.rsqrt(s)
-        inverse = power * power
-    elif BETA == 1.0:
-        power = 1.0 / s
-        inverse = power
-    elif BETA == 0.0:
-        power = tl.full(s.shape, 1.0, tl.float32)
-        inverse = 1.0 / s
-    else:
-        power = tl.exp2(-BETA * tl.log2(s))
-        inverse = 1.0 / s
-    return power, inverse
-
-
-@triton.jit
-def _fives(v, COUNT: tl.constexpr):
-    """``out[i] = v[i] + … + v[i + 4]``, paired so that neighbours share their sums of two."""
-    out = ()
-    for i in tl.static_range(COUNT):
-        if i % 2 == 0:
-            total = (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]) + v[i + 4]
-        else:
-            total = v[i] + (v[i + 1] + v[i + 2]) + (v[i + 3] + v[i + 4])
-        out += (total,)
-    return out
-
-
-@triton.jit
-def _powers(v, scale, k, BETA: tl.constexpr, COUNT: tl.constexpr):
-    """``s^-beta`` and ``1/s`` of the COUNT channels whose windows ``v`` (COUNT + 4 channels of ``x``) covers."""
-    squares = ()
-    for i in tl.static_range(COUNT + 4):
-        squares += (v[i] * v[i],)
-    total = _fives(squares, COUNT)
-    powers = ()
-    inverses = ()
-    for i in tl.static_range(COUNT):
-        power, inverse = _power(k + scale * total[i], BETA)
-        powers += (power,)
-        inverses += (inverse,)
-    return powers, inverses
-
-
-@triton.jit
-def _terms(v, w, scale, k, BETA: tl.constexpr, COUNT: tl.constexpr):
-    """``g s^-beta`` and ``g x s^-(beta+1)`` of COUNT channels; ``w`` is ``g``, ``v`` is ``x`` two channels farther both ways."""
-    powers, inverses = _powers(v, scale, k, BETA, COUNT)
-    direct = ()
-    term = ()
-    for i in tl.static_range(COUNT):
-        direct += (w[i] * powers[i],)
-        term += (w[i] * v[i + 2] * (powers[i] * inverses[i]),)
-    return direct, term
-
-
-@triton.jit
-def _eight_forward(v, scale, k, BETA: tl.constexpr):
-    """``y`` of 8 channels from ``x`` of them and of two more on both sides."""
-    powers, _ = _powers(v, scale, k, BETA, 8)
-    out = ()
-    for i in tl.static_range(8):
-        out += (v[i + 2] * powers[i],)
-    return out
-
-
-@triton.jit
-def _eight_backward(v, direct, term, scale, BETA: tl.constexpr):
-    """``dx`` of 8 channels from ``x`` and ``g s^-beta`` of them, ``g x s^-(beta+1)`` of them and of two more on both sides."""
-    shared = _fives(term, 8)
-    out = ()
-    for i in tl.static_range(8):
-        out += (direct[i] - (2.0 * BETA * scale) * v[i] * shared[i],)
-    return out
 
 
 @triton.jit
@@ -135,7 +53,7 @@ def _vector_forward(x, y, vectors, scale, k, VECTORS: tl.constexpr, BETA: tl.con
     start, lane, ok, left, right = _vector_block(vectors, VECTORS, BLOCK)
     p = x + start + lane
     v = read_channels(p - 2, left, BLOCK, 2) + read_channels(p, ok, BLOCK, 8) + read_channels(p + 8, right, BLOCK, 2)
-    write_channels(y + start + lane, _eight_forward(v, scale, k, BETA), ok, BLOCK)
+    write_channels(y + start + lane, eight_forward(v, scale, k, BETA), ok, BLOCK)
 
 
 @triton.jit
@@ -149,19 +67,11 @@ def _vector_backward(g, x, dx, vectors, scale, k, VECTORS: tl.constexpr, BETA: t
     q = g + start + lane
     v = read_channels(p - 4, left, BLOCK, 4) + read_channels(p, ok, BLOCK, 8) + read_channels(p + 8, right, BLOCK, 4)
     w = read_channels(q - 2, left, BLOCK, 2) + read_channels(q, ok, BLOCK, 8) + read_channels(q + 8, right, BLOCK, 2)
-    direct, term = _terms(v, w, scale, k, BETA, 12)
+    direct, term = terms(v, w, scale, k, BETA, 12)
     t = ()
     for i in tl.static_range(12):  # outside the group s may be zero and t NaN, but counts for nothing
         t += (tl.where(left, term[i], 0.0) if i < 2 else tl.where(right, term[i], 0.0) if i >= 10 else term[i],)
-    write_channels(dx + start + lane, _eight_backward(v[4:12], direct[2:10], t, scale, BETA), ok, BLOCK)
-
-
-@triton.jit
-def _ring_block(pixels, blocks, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's pixels in the first channel of its group: offset of the first, lanes, which exist."""
-    program = tl.program_id(0)
-    start, lane, ok = block_of(program % blocks, pixels, BLOCK)
-    return (program // blocks).to(tl.int64) * CHANNELS * pixels + start, lane, ok
+    write_channels(dx + start + lane, eight_backward(v[4:12], direct[2:10], t, scale, BETA), ok, BLOCK)
 
 
 @triton.jit
@@ -174,27 +84,19 @@ def _read_planes(p, first, ok, pixels, CHANNELS: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
-def _write_planes(p, v, first, ok, pixels, CHANNELS: tl.constexpr):
-    """Store the tuple ``v`` of 8 as channels ``first`` to ``first + 7`` of the pixels ``p``, except past the group."""
-    for i in tl.static_range(8):
-        out = p + tl.cast(first + i, tl.int64) * pixels
-        tl.store(out, v[i].to(p.dtype.element_ty), mask=ok & (first + i < CHANNELS))
-
-
-@triton.jit
 def _ring_forward(x, y, pixels, blocks, scale, k, CHANNELS: tl.constexpr, BETA: tl.constexpr, BLOCK: tl.constexpr):
     """``y_c = x_c (k + scale Σ_{|j-c|<=2} x_j²)^-beta``; one program: BLOCK pixels of one group, all its channels.
 
     A step makes channels c to c + 7: ``x`` of c - 2 to c + 1 is in registers, that of c + 2 to c + 9 arrives together.
     """
-    start, lane, ok = _ring_block(pixels, blocks, CHANNELS, BLOCK)
+    start, lane, ok = ring_block(pixels, blocks, CHANNELS, BLOCK)
     p = x + start + lane
     zero = tl.zeros((BLOCK,), tl.float32)
     held = (zero, zero)
     held += _read_planes(p, 0, ok, pixels, CHANNELS, 2)
     for c in tl.range(0, CHANNELS, 8):
         v = held + _read_planes(p, c + 2, ok, pixels, CHANNELS, 8)
-        _write_planes(y + start + lane, _eight_forward(v, scale, k, BETA), c, ok, pixels, CHANNELS)
+        write_planes(y + start + lane, eight_forward(v, scale, k, BETA), c, ok, pixels, CHANNELS)
         held = v[8:]
 
 
@@ -205,22 +107,22 @@ def _ring_backward(g, x, dx, pixels, blocks, scale, k, CHANNELS: tl.constexpr, B
     It walks all channels of one group. A step makes channels c to c + 7: ``x`` of c to c + 3, ``t`` of c - 2 to c + 1 and
     ``g s^-beta`` of c and c + 1 are in registers, ``x`` of c + 4 to c + 11 and ``g`` of c + 2 to c + 9 arrive together.
     """
-    start, lane, ok = _ring_block(pixels, blocks, CHANNELS, BLOCK)
+    start, lane, ok = ring_block(pixels, blocks, CHANNELS, BLOCK)
     p = x + start + lane
     q = g + start + lane
     zero = tl.zeros((BLOCK,), tl.float32)
     none = (zero, zero)
     held = _read_planes(p, 0, ok, pixels, CHANNELS, 4)
-    held_d, first_t = _terms(none + held, _read_planes(q, 0, ok, pixels, CHANNELS, 2), scale, k, BETA, 2)
+    held_d, first_t = terms(none + held, _read_planes(q, 0, ok, pixels, CHANNELS, 2), scale, k, BETA, 2)
     held_t = none + first_t
     for c in tl.range(0, CHANNELS, 8):
         v = held + _read_planes(p, c + 4, ok, pixels, CHANNELS, 8)
-        direct, term = _terms(v, _read_planes(q, c + 2, ok, pixels, CHANNELS, 8), scale, k, BETA, 8)
+        direct, term = terms(v, _read_planes(q, c + 2, ok, pixels, CHANNELS, 8), scale, k, BETA, 8)
         d = held_d + direct
         t = held_t
         for i in tl.static_range(8):  # outside the group s may be zero and t NaN, but counts for nothing
             t += (tl.where(c + i + 2 < CHANNELS, term[i], 0.0),)
-        _write_planes(dx + start + lane, _eight_backward(v, d, t, scale, BETA), c, ok, pixels, CHANNELS)
+        write_planes(dx + start + lane, eight_backward(v, d, t, scale, BETA), c, ok, pixels, CHANNELS)
         held, held_t, held_d = v[8:], t[8:], d[8:]
 
 
@@ -251,7 +153,7 @@ def _general_forward(
     """``y_c = x_c (k + scale Σ_{-BEFORE<=d<=AFTER} x_{c+d}²)^-beta``; one program: BLOCK elements in the order of memory."""
     start, lane, ok, c = _general_block(elements, stride, CHANNELS, INDEX, BLOCK)
     p = x + start + lane
-    power, _ = _power(_denominator(p, c, ok, tl.cast(stride, INDEX), scale, k, CHANNELS, BEFORE, AFTER), BETA)
+    power, _ = power_of(_denominator(p, c, ok, tl.cast(stride, INDEX), scale, k, CHANNELS, BEFORE, AFTER), BETA)
     tl.store(y + start + lane, (read(p, ok) * power).to(y.dtype.element_ty), mask=ok)
 
 
@@ -273,10 +175,10 @@ def _general_backward(
     for d in tl.range(-AFTER, BEFORE + 1):
         inside = ok & (c + d >= 0) & (c + d < CHANNELS)
         s = _denominator(p + d * step, c + d, inside, step, scale, k, CHANNELS, BEFORE, AFTER)
-        power, inverse = _power(s, BETA)
+        power, inverse = power_of(s, BETA)
         t = read(q + d * step, inside) * read(p + d * step, inside) * (power * inverse)
         shared += tl.where(inside, t, 0.0)
-    power, _ = _power(_denominator(p, c, ok, step, scale, k, CHANNELS, BEFORE, AFTER), BETA)
+    power, _ = power_of(_denominator(p, c, ok, step, scale, k, CHANNELS, BEFORE, AFTER), BETA)
     result = read(q, ok) * power - (2.0 * BETA * scale) * read(p, ok) * shared
     tl.store(dx + start + lane, result.to(dx.dtype.element_ty), mask=ok)
 
@@ -330,9 +232,18 @@ def forward(x: Tensor, size: int, scale: float, beta: float, k: float, groups: i
     return y
 
 
-def backward(grad: Tensor, x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Tensor:
-    """``reference.lrn_backward``; ``grad`` has the layout of ``x``, and so has the result."""
-    dx = torch.empty_like(x)
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``reference.lrn_backward``; ``grad`` has the layout of ``x``, and so has the result; its dtype too unless ``dtype``."""
+    dx = torch.empty_like(x) if dtype is None else torch.empty_like(x, dtype=dtype)
     run(plan((grad, x, dx), size, scale, beta, k, groups))
     return dx
 

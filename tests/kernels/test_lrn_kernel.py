@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nowhere import addresses
 from torch import Tensor
 
 from alexnet_kernels import reference
@@ -68,7 +69,7 @@ def inputs(shape: tuple[int, ...], innermost: bool, dtype: torch.dtype = torch.f
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results start as NaN, so that an element that no program writes shows."""
-    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **kw: torch.full_like(t, float("nan"), **kw))
 
 
 def relative(value: Tensor, exact: Tensor) -> float:
@@ -208,55 +209,13 @@ MANY, HUGE = (8192, 96, 55, 55), (1, 96, 4800, 4801)  # by images, and inside on
 FAR_CASES = [(shape, innermost, size) for shape in (MANY, HUGE) for innermost in (False, True) for size in (5, 4)]
 
 
-class Nowhere:
-    """Enough of a tensor for the interpreter to compute addresses: a dtype and a base, no memory."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, base: int) -> None:
-        self.base = base
-
-    def data_ptr(self) -> int:
-        return self.base
-
-
-def addresses(launch: _launch.Launch, program: int, monkeypatch: pytest.MonkeyPatch) -> tuple[set[int], ...]:
-    """Elements that program ``program`` of ``launch`` touches in each of its tensors, nothing being read or written."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    builder, grids = interpreter.interpreter_builder, interpreter.GridExecutor
-    pointers = [Nowhere((i + 1) << 44) for i, a in enumerate(launch.args) if isinstance(a, Tensor)]
-    touched: list[set[int]] = [set() for _ in pointers]
-
-    def record(ptrs: Any, mask: Any) -> None:
-        data, real = np.broadcast_arrays(ptrs.data, mask.data)
-        for address in data[real].astype(object):
-            touched[(address >> 44) - 1].add((address & (1 << 44) - 1) // 2)
-
-    def load(ptrs: Any, mask: Any, other: Any, *_: Any) -> Any:
-        record(ptrs, mask)
-        return other
-
-    monkeypatch.setattr(builder, "create_masked_load", load)
-    monkeypatch.setattr(builder, "create_masked_store", lambda ptrs, _, mask, *__: record(ptrs, mask))
-    monkeypatch.setattr(builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", (program, 0, 0)))
-    monkeypatch.setattr(grids, "_init_args_hst", lambda _, args, kwargs: (list(args), kwargs))
-    monkeypatch.setattr(grids, "_restore_args_dev", lambda *_: None)
-    launch.kernel[(1,)](*pointers, *launch.args[len(pointers) :], **launch.constants)
-    return tuple(touched)
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="records the addresses that the interpreter forms")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("shape", "innermost", "size"), FAR_CASES, ids=name)
 def test_addresses_beyond_int32(
     shape: tuple[int, ...], innermost: bool, size: int, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last programs touch just what they should in a tensor of 2^31 elements and more, without that tensor.
-
-    The interpreter wraps int32 as the GPU does, so this covers the kernels' own arithmetic; not the compiler's.
-    """
+    """The last programs touch just what they should in a tensor of 2^31 elements and more, without that tensor."""
     x = dense(torch.empty(shape, dtype=torch.bfloat16, device="meta"), innermost)
     groups = 2 if shape is MANY else 1
     launch = kernel.plan((x, x, x) if backward else (x, x), size, SCALE, 0.75, K, groups)
