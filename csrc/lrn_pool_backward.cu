@@ -16,11 +16,10 @@
 // kernel, each in a fixed order.
 #include "lrn_pool_backward.h"
 
-#include "device.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int kVector = 8;  // channels of a thread
 constexpr int kSides = 2;   // channels of the window on each side: size 5
 constexpr int kWarpLanes = 32;
 constexpr int kThreads = 256;
@@ -31,43 +30,7 @@ constexpr uint32_t kNoTap = 0xffffffff;    // the place of a window that is not 
 
 static_assert(2 * kSides < kVector, "a window reaches the neighbouring lanes and no further");
 
-// ---------------------------------------------------------------------------------------------------- element types
-
-// Eight elements of T as words: how they become fp32 and back, and a = max(floor, x + bias) rounded to T.
-template <ElementType> struct Element;
-
-template <> struct Element<ElementType::kFloat32> {
-    static constexpr int kBytes = 4, kPerWord = 1;
-    static constexpr uint32_t kMinusZero = 0x80000000, kMinusInfinity = 0xff800000;
-    DEVICE static float first(uint32_t word) { return as_float(word); }
-    DEVICE static float second(uint32_t word) { return as_float(word); }
-    DEVICE static uint32_t pack(float first, float) { return as_bits(first); }
-    DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
-        return as_bits(max_nan(as_float(x) + as_float(bias), as_float(floor)));
-    }
-};
-
-template <> struct Element<ElementType::kFloat16> {
-    static constexpr int kBytes = 2, kPerWord = 2;
-    static constexpr uint32_t kMinusZero = 0x80008000, kMinusInfinity = 0xfc00fc00;
-    DEVICE static float first(uint32_t word) { return half_to_float(word); }
-    DEVICE static float second(uint32_t word) { return half_to_float(word >> 16); }
-    DEVICE static uint32_t pack(float first, float second) { return pack_half2(first, second); }
-    DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
-        return max_nan_half2(add_half2(x, bias), floor);
-    }
-};
-
-template <> struct Element<ElementType::kBFloat16> {
-    static constexpr int kBytes = 2, kPerWord = 2;
-    static constexpr uint32_t kMinusZero = 0x80008000, kMinusInfinity = 0xff80ff80;
-    DEVICE static float first(uint32_t word) { return as_float(word << 16); }
-    DEVICE static float second(uint32_t word) { return as_float(word & 0xffff0000); }
-    DEVICE static uint32_t pack(float first, float second) { return pack_bf16x2(first, second); }
-    DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
-        return max_nan_bf16x2(add_bf16x2(x, bias), floor);
-    }
-};
+// ---------------------------------------------------------------------------------------------------- traits
 
 template <ElementType kType, bool kThreeQuarters> struct Traits {
     using E = Element<kType>;
@@ -90,49 +53,18 @@ struct Walks {
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-template <class T> DEVICE void load(uint32_t (&words)[T::kWords], const uint8_t* from, bool wanted) {
-#pragma unroll
-    for (int i = 0; i < T::kWords; i += 4) {
-        const uint4 v = wanted ? reinterpret_cast<const uint4*>(from)[i / 4] : make_uint4(0, 0, 0, 0);
-        words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
-    }
-}
-
-template <class T> DEVICE void store(uint8_t* to, const float (&values)[kVector]) {
-    uint32_t words[T::kWords];
-#pragma unroll
-    for (int i = 0; i < T::kWords; ++i) {
-        words[i] = T::E::pack(values[i * T::E::kPerWord], values[i * T::E::kPerWord + T::E::kPerWord - 1]);
-    }
-#pragma unroll
-    for (int i = 0; i < T::kWords; i += 4) {
-        reinterpret_cast<uint4*>(to)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
-    }
-}
-
-// Words to fp32, from values[at] on.
-template <class T, int kCount, int kSize> DEVICE void unpack(float (&values)[kSize], int at, const uint32_t (&words)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        values[at + i * T::E::kPerWord] = T::E::first(words[i]);
-        if (T::E::kPerWord == 2) {
-            values[at + i * 2 + 1] = T::E::second(words[i]);
-        }
-    }
-}
-
 // One window's gradient and the places it may go to.
 struct Window {
     float grad[kVector];
     uint32_t place[2];
 };
 
-template <class T> DEVICE void load_window(Window& window, const uint8_t* grad, const uint8_t* place, bool exists) {
+template <class T> DEVICE void load_window(Window& window, const LrnPoolBackward& p, int64_t at, bool exists) {
     uint32_t words[T::kWords];
-    load<T>(words, grad, exists);
+    load<T>(words, static_cast<const uint8_t*>(p.grad) + at * T::E::kBytes, exists);
     unpack<T>(window.grad, 0, words);
-    const uint2 p = exists ? *reinterpret_cast<const uint2*>(place) : make_uint2(kNoTap, kNoTap);
-    window.place[0] = p.x, window.place[1] = p.y;
+    const uint2 place = exists ? *reinterpret_cast<const uint2*>(p.place + at) : make_uint2(kNoTap, kNoTap);
+    window.place[0] = place.x, window.place[1] = place.y;
 }
 
 // Adds to `sum` what the window sends to the pixel under its tap.
@@ -214,6 +146,86 @@ DEVICE void pixel(float (&dx)[kVector], const uint32_t (&words)[T::kWords], cons
     }
 }
 
+// What a thread works on.
+struct Walk {
+    bool stores, first, last;       // first, last: of the vectors of a group
+    bool rows[2], window_rows[2];   // inside: the pixel rows h, h + 1; the window rows above and at this pair
+    int begin;                      // the first step
+    int64_t at, out_at;             // elements before column 0 of row h, of the window row at this pair
+    int vector;
+};
+
+DEVICE Walk locate(const LrnPoolBackward& p, const Walks& walks) {
+    const int lane = threadIdx.x % kWarpLanes;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
+    const int64_t index = warp * walks.stride + lane - walks.halo;
+    const bool exists = index >= 0 && index < walks.count;
+    const uint32_t flat = exists ? static_cast<uint32_t>(index) : 0;  // count < 2^31
+    const uint32_t row = flat / walks.vectors;
+    const int row_pair = row / walks.parts % walks.row_pairs, h = 2 * row_pair - p.pad_height;
+    const int64_t image = row / walks.parts / walks.row_pairs;
+    Walk walk;
+    walk.vector = flat % walks.vectors;
+    walk.stores = exists && lane >= walks.halo && lane < walks.halo + walks.stride;
+    walk.first = walk.vector % walks.group_vectors == 0;
+    walk.last = (walk.vector + 1) % walks.group_vectors == 0;
+    walk.rows[0] = exists && h >= 0 && h < p.height;
+    walk.rows[1] = exists && h + 1 < p.height;
+    walk.window_rows[0] = exists && row_pair >= 1 && row_pair <= p.out_height;
+    walk.window_rows[1] = exists && row_pair < p.out_height;
+    walk.begin = row % walks.parts * walks.steps;
+    walk.at = (image * p.height + h) * p.width * p.channels + walk.vector * kVector;
+    walk.out_at = (image * p.out_height + row_pair) * p.out_width * p.channels + walk.vector * kVector;
+    return walk;
+}
+
+template <class T> DEVICE void load_bias(uint32_t (&bias)[T::kWords], const LrnPoolBackward& p, int vector) {
+#pragma unroll
+    for (int i = 0; i < T::kWords; ++i) {
+        bias[i] = T::E::kMinusZero;  // the neutral element: x + -0 is x, signed zeros too
+    }
+    if (p.bias != nullptr) {
+        load<T>(bias, static_cast<const uint8_t*>(p.bias) + vector * kVector * T::E::kBytes, true);
+    }
+}
+
+// One step: the four pixels of columns 2 * step and 2 * step + 1 (less the padding).
+template <class T>
+DEVICE void block_of_pixels(float (&sum)[kVector], const float (&carry)[2][kVector], const Window& above, const Window& here,
+                            const LrnPoolBackward& p, const Walk& walk, const uint32_t (&bias)[T::kWords], int step) {
+    const uint32_t floor = p.relu ? 0 : T::E::kMinusInfinity;
+    const float mask_below = p.relu ? 0.0f : as_float(0x7fffffff);  // nothing is below NaN
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int w = 2 * step - p.pad_width + i % 2;
+        const bool inside = walk.rows[i / 2] && w >= 0 && w < p.width;
+        const int64_t offset = (walk.at + (static_cast<int64_t>(i / 2) * p.width + w) * p.channels) * T::E::kBytes;
+        uint32_t words[T::kWords];
+        load<T>(words, static_cast<const uint8_t*>(p.x) + offset, inside);
+#pragma unroll
+        for (int j = 0; j < T::kWords; ++j) {
+            words[j] = T::E::activate(words[j], bias[j], floor);
+        }
+        float g[kVector], dx[kVector];
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+            g[c] = i % 2 == 0 ? carry[i / 2][c] : 0;
+        }
+        collect(g, here, i / 2 * 3 + i % 2);
+        if (i / 2 == 0) {
+            collect(g, above, 6 + i % 2);
+        }
+        pixel<T>(dx, words, g, p, mask_below, walk.first, walk.last);
+        if (inside && walk.stores) {
+            store<T>(static_cast<uint8_t*>(p.dx) + offset, dx);
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) {
+                sum[c] += dx[c];
+            }
+        }
+    }
+}
+
 // The block's part of the bias gradient: thread c adds, in their order, the walks of the block that own channel c.
 template <class T> DEVICE void reduce_block(const LrnPoolBackward& p, const Walks& walks, const float (&sum)[kVector]) {
     DYNAMIC_SHARED(float, sums, 0, kThreads * kVector);
@@ -240,83 +252,19 @@ template <class T> DEVICE void reduce_block(const LrnPoolBackward& p, const Walk
 // ---------------------------------------------------------------------------------------------------- kernels
 
 template <class T> __global__ void __launch_bounds__(kThreads, 2) backward(LrnPoolBackward p, Walks walks) {
-    constexpr int kBytes = T::E::kBytes;
-    const int lane = threadIdx.x % kWarpLanes;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
-    const int64_t walk = warp * walks.stride + lane - walks.halo;
-    const bool exists = walk >= 0 && walk < walks.count;
-    const bool stores = exists && lane >= walks.halo && lane < walks.halo + walks.stride;
-
-    const uint32_t flat = exists ? static_cast<uint32_t>(walk) : 0;  // count < 2^31
-    const uint32_t row = flat / walks.vectors;
-    const int vector = flat % walks.vectors, part = row % walks.parts, row_pair = row / walks.parts % walks.row_pairs;
-    const int64_t image = row / walks.parts / walks.row_pairs;
-    const bool first = vector % walks.group_vectors == 0, last = (vector + 1) % walks.group_vectors == 0;
-
-    const int h = 2 * row_pair - p.pad_height, pixel_bytes = p.channels * kBytes;
-    const bool rows[2] = {exists && h >= 0 && h < p.height, exists && h + 1 < p.height};
-    const bool window_rows[2] = {exists && row_pair >= 1 && row_pair <= p.out_height, exists && row_pair < p.out_height};
-    const int64_t at = (image * p.height + h) * p.width * p.channels + vector * kVector;
-    const int64_t out_at = (image * p.out_height + row_pair) * p.out_width * p.channels + vector * kVector;
-    const uint8_t *x = static_cast<const uint8_t*>(p.x) + at * kBytes, *place = p.place + out_at;
-    const uint8_t* grad = static_cast<const uint8_t*>(p.grad) + out_at * kBytes;
-    uint8_t* dx = static_cast<uint8_t*>(p.dx) + at * kBytes;
-    const int64_t row_bytes = static_cast<int64_t>(p.width) * pixel_bytes;
-    const int64_t out_row = static_cast<int64_t>(p.out_width) * p.channels;
-
-    const uint32_t floor = p.relu ? 0 : T::E::kMinusInfinity;
-    const float mask_below = p.relu ? 0.0f : as_float(0x7fffffff);  // nothing is below NaN
+    const Walk walk = locate(p, walks);
     uint32_t bias[T::kWords];
-#pragma unroll
-    for (int i = 0; i < T::kWords; ++i) {
-        bias[i] = T::E::kMinusZero;  // the neutral element: x + -0 is x, signed zeros too
-    }
-    if (p.bias != nullptr) {
-        load<T>(bias, static_cast<const uint8_t*>(p.bias) + vector * kVector * kBytes, true);
-    }
-
+    load_bias<T>(bias, p, walk.vector);
     float sum[kVector], carry[2][kVector];  // carry: what the windows of the column before send to this step's left pixels
     Window above, here;
     clear(sum);
-    const int begin = part * walks.steps;
-    for (int step = begin - 1; step < begin + walks.steps; ++step) {
+    for (int step = walk.begin - 1; step < walk.begin + walks.steps; ++step) {
         const bool column = step >= 0 && step < p.out_width;
-        const int64_t window_at = static_cast<int64_t>(step) * p.channels;
-        load_window<T>(above, grad + (window_at - out_row) * kBytes, place + window_at - out_row, column && window_rows[0]);
-        load_window<T>(here, grad + window_at * kBytes, place + window_at, column && window_rows[1]);
-        if (step >= begin) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int w = 2 * step - p.pad_width + i % 2;
-                const bool inside = rows[i / 2] && w >= 0 && w < p.width;
-                const int64_t offset = i / 2 * row_bytes + static_cast<int64_t>(w) * pixel_bytes;
-                uint32_t words[T::kWords];
-                load<T>(words, x + offset, inside);
-#pragma unroll
-                for (int j = 0; j < T::kWords; ++j) {
-                    words[j] = T::E::activate(words[j], bias[j], floor);
-                }
-                float g[kVector], result[kVector];
-                clear(g);
-                if (i % 2 == 0) {
-#pragma unroll
-                    for (int c = 0; c < kVector; ++c) {
-                        g[c] = carry[i / 2][c];
-                    }
-                }
-                collect(g, here, i / 2 * 3 + i % 2);
-                if (i / 2 == 0) {
-                    collect(g, above, 6 + i % 2);
-                }
-                pixel<T>(result, words, g, p, mask_below, first, last);
-                if (inside && stores) {
-                    store<T>(dx + offset, result);
-#pragma unroll
-                    for (int c = 0; c < kVector; ++c) {
-                        sum[c] += result[c];
-                    }
-                }
-            }
+        const int64_t at = walk.out_at + static_cast<int64_t>(step) * p.channels;
+        load_window<T>(above, p, at - static_cast<int64_t>(p.out_width) * p.channels, column && walk.window_rows[0]);
+        load_window<T>(here, p, at, column && walk.window_rows[1]);
+        if (step >= walk.begin) {
+            block_of_pixels<T>(sum, carry, above, here, p, walk, bias, step);
         }
         clear(carry[0]);
         clear(carry[1]);

@@ -33,11 +33,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("host") / "sanitized"
-    return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O1", *SANITIZERS])
+    return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O0", *SANITIZERS])
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
 def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
     sanitize = request.param == "sanitized"
     target = tmp_path_factory.mktemp("host") / "plants"
-    return build(target, ["tests/host/plants.cu"], ["-O1", *(SANITIZERS if sanitize else [])]), sanitize
+    return build(target, ["tests/host/plants.cu"], ["-O0", *(SANITIZERS if sanitize else [])]), sanitize
