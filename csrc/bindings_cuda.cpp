@@ -1,4 +1,4 @@
-// alexnet_kernels_cuda: what torch sees of the CUDA kernels. LibTorch's stable ABI only, so one build serves every torch >= 2.10.
+// What torch sees of the CUDA kernels. LibTorch's stable ABI only, so one build serves every torch >= 2.10.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "lrn_pool_backward.h"
@@ -44,7 +45,8 @@ bool channels_last(const Tensor& t) {
 
 const void* address(const Tensor& t, const char* name) {
     const void* data = t.data_ptr();
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name, " must start at a multiple of 16 bytes: clone it");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name,
+                    " must start at a multiple of 16 bytes: clone it");
     return data;
 }
 

@@ -59,12 +59,12 @@ struct Window {
     uint32_t place[2];
 };
 
-template <class T> DEVICE void load_window(Window& window, const LrnPoolBackward& p, int64_t at, bool exists) {
+template <class T> DEVICE void load_window(Window& window, const uint8_t* grad, const uint8_t* place, bool exists) {
     uint32_t words[T::kWords];
-    load<T>(words, static_cast<const uint8_t*>(p.grad) + at * T::E::kBytes, exists);
+    load<T>(words, grad, exists);
     unpack<T>(window.grad, 0, words);
-    const uint2 place = exists ? *reinterpret_cast<const uint2*>(p.place + at) : make_uint2(kNoTap, kNoTap);
-    window.place[0] = place.x, window.place[1] = place.y;
+    const uint2 p = exists ? *reinterpret_cast<const uint2*>(place) : make_uint2(kNoTap, kNoTap);
+    window.place[0] = p.x, window.place[1] = p.y;
 }
 
 // Adds to `sum` what the window sends to the pixel under its tap.
@@ -146,86 +146,6 @@ DEVICE void pixel(float (&dx)[kVector], const uint32_t (&words)[T::kWords], cons
     }
 }
 
-// What a thread works on.
-struct Walk {
-    bool stores, first, last;       // first, last: of the vectors of a group
-    bool rows[2], window_rows[2];   // inside: the pixel rows h, h + 1; the window rows above and at this pair
-    int begin;                      // the first step
-    int64_t at, out_at;             // elements before column 0 of row h, of the window row at this pair
-    int vector;
-};
-
-DEVICE Walk locate(const LrnPoolBackward& p, const Walks& walks) {
-    const int lane = threadIdx.x % kWarpLanes;
-    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
-    const int64_t index = warp * walks.stride + lane - walks.halo;
-    const bool exists = index >= 0 && index < walks.count;
-    const uint32_t flat = exists ? static_cast<uint32_t>(index) : 0;  // count < 2^31
-    const uint32_t row = flat / walks.vectors;
-    const int row_pair = row / walks.parts % walks.row_pairs, h = 2 * row_pair - p.pad_height;
-    const int64_t image = row / walks.parts / walks.row_pairs;
-    Walk walk;
-    walk.vector = flat % walks.vectors;
-    walk.stores = exists && lane >= walks.halo && lane < walks.halo + walks.stride;
-    walk.first = walk.vector % walks.group_vectors == 0;
-    walk.last = (walk.vector + 1) % walks.group_vectors == 0;
-    walk.rows[0] = exists && h >= 0 && h < p.height;
-    walk.rows[1] = exists && h + 1 < p.height;
-    walk.window_rows[0] = exists && row_pair >= 1 && row_pair <= p.out_height;
-    walk.window_rows[1] = exists && row_pair < p.out_height;
-    walk.begin = row % walks.parts * walks.steps;
-    walk.at = (image * p.height + h) * p.width * p.channels + walk.vector * kVector;
-    walk.out_at = (image * p.out_height + row_pair) * p.out_width * p.channels + walk.vector * kVector;
-    return walk;
-}
-
-template <class T> DEVICE void load_bias(uint32_t (&bias)[T::kWords], const LrnPoolBackward& p, int vector) {
-#pragma unroll
-    for (int i = 0; i < T::kWords; ++i) {
-        bias[i] = T::E::kMinusZero;  // the neutral element: x + -0 is x, signed zeros too
-    }
-    if (p.bias != nullptr) {
-        load<T>(bias, static_cast<const uint8_t*>(p.bias) + vector * kVector * T::E::kBytes, true);
-    }
-}
-
-// One step: the four pixels of columns 2 * step and 2 * step + 1 (less the padding).
-template <class T>
-DEVICE void block_of_pixels(float (&sum)[kVector], const float (&carry)[2][kVector], const Window& above, const Window& here,
-                            const LrnPoolBackward& p, const Walk& walk, const uint32_t (&bias)[T::kWords], int step) {
-    const uint32_t floor = p.relu ? 0 : T::E::kMinusInfinity;
-    const float mask_below = p.relu ? 0.0f : as_float(0x7fffffff);  // nothing is below NaN
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int w = 2 * step - p.pad_width + i % 2;
-        const bool inside = walk.rows[i / 2] && w >= 0 && w < p.width;
-        const int64_t offset = (walk.at + (static_cast<int64_t>(i / 2) * p.width + w) * p.channels) * T::E::kBytes;
-        uint32_t words[T::kWords];
-        load<T>(words, static_cast<const uint8_t*>(p.x) + offset, inside);
-#pragma unroll
-        for (int j = 0; j < T::kWords; ++j) {
-            words[j] = T::E::activate(words[j], bias[j], floor);
-        }
-        float g[kVector], dx[kVector];
-#pragma unroll
-        for (int c = 0; c < kVector; ++c) {
-            g[c] = i % 2 == 0 ? carry[i / 2][c] : 0;
-        }
-        collect(g, here, i / 2 * 3 + i % 2);
-        if (i / 2 == 0) {
-            collect(g, above, 6 + i % 2);
-        }
-        pixel<T>(dx, words, g, p, mask_below, walk.first, walk.last);
-        if (inside && walk.stores) {
-            store<T>(static_cast<uint8_t*>(p.dx) + offset, dx);
-#pragma unroll
-            for (int c = 0; c < kVector; ++c) {
-                sum[c] += dx[c];
-            }
-        }
-    }
-}
-
 // The block's part of the bias gradient: thread c adds, in their order, the walks of the block that own channel c.
 template <class T> DEVICE void reduce_block(const LrnPoolBackward& p, const Walks& walks, const float (&sum)[kVector]) {
     DYNAMIC_SHARED(float, sums, 0, kThreads * kVector);
@@ -252,19 +172,83 @@ template <class T> DEVICE void reduce_block(const LrnPoolBackward& p, const Walk
 // ---------------------------------------------------------------------------------------------------- kernels
 
 template <class T> __global__ void __launch_bounds__(kThreads, 2) backward(LrnPoolBackward p, Walks walks) {
-    const Walk walk = locate(p, walks);
+    constexpr int kBytes = T::E::kBytes;
+    const int lane = threadIdx.x % kWarpLanes;
+    const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
+    const int64_t walk = warp * walks.stride + lane - walks.halo;
+    const bool exists = walk >= 0 && walk < walks.count;
+    const bool stores = exists && lane >= walks.halo && lane < walks.halo + walks.stride;
+
+    const uint32_t flat = exists ? static_cast<uint32_t>(walk) : 0;  // count < 2^31
+    const uint32_t row = flat / walks.vectors;
+    const int vector = flat % walks.vectors, part = row % walks.parts, row_pair = row / walks.parts % walks.row_pairs;
+    const int64_t image = row / walks.parts / walks.row_pairs;
+    const bool first = vector % walks.group_vectors == 0, last = (vector + 1) % walks.group_vectors == 0;
+
+    const int h = 2 * row_pair - p.pad_height, pixel_bytes = p.channels * kBytes;
+    const bool rows[2] = {exists && h >= 0 && h < p.height, exists && h + 1 < p.height};
+    const bool window_rows[2] = {exists && row_pair >= 1 && row_pair <= p.out_height, exists && row_pair < p.out_height};
+    const int64_t at = (image * p.height + h) * p.width * p.channels + vector * kVector;
+    const int64_t out_at = (image * p.out_height + row_pair) * p.out_width * p.channels + vector * kVector;
+    const uint8_t *x = static_cast<const uint8_t*>(p.x) + at * kBytes, *place = p.place + out_at;
+    const uint8_t* grad = static_cast<const uint8_t*>(p.grad) + out_at * kBytes;
+    uint8_t* dx = static_cast<uint8_t*>(p.dx) + at * kBytes;
+    const int64_t row_bytes = static_cast<int64_t>(p.width) * pixel_bytes;
+    const int64_t out_row = static_cast<int64_t>(p.out_width) * p.channels;
+
+    const uint32_t floor = p.relu ? 0 : T::E::kMinusInfinity;
+    const float mask_below = p.relu ? 0.0f : as_float(0x7fffffff);  // nothing is below NaN
     uint32_t bias[T::kWords];
-    load_bias<T>(bias, p, walk.vector);
+#pragma unroll
+    for (int i = 0; i < T::kWords; ++i) {
+        bias[i] = T::E::kMinusZero;  // the neutral element: x + -0 is x, signed zeros too
+    }
+    if (p.bias != nullptr) {
+        load<T>(bias, static_cast<const uint8_t*>(p.bias) + vector * kVector * kBytes, true);
+    }
+
     float sum[kVector], carry[2][kVector];  // carry: what the windows of the column before send to this step's left pixels
     Window above, here;
     clear(sum);
-    for (int step = walk.begin - 1; step < walk.begin + walks.steps; ++step) {
+    const int begin = part * walks.steps;
+    for (int step = begin - 1; step < begin + walks.steps; ++step) {
         const bool column = step >= 0 && step < p.out_width;
-        const int64_t at = walk.out_at + static_cast<int64_t>(step) * p.channels;
-        load_window<T>(above, p, at - static_cast<int64_t>(p.out_width) * p.channels, column && walk.window_rows[0]);
-        load_window<T>(here, p, at, column && walk.window_rows[1]);
-        if (step >= walk.begin) {
-            block_of_pixels<T>(sum, carry, above, here, p, walk, bias, step);
+        const int64_t window_at = static_cast<int64_t>(step) * p.channels;
+        load_window<T>(above, grad + (window_at - out_row) * kBytes, place + window_at - out_row, column && window_rows[0]);
+        load_window<T>(here, grad + window_at * kBytes, place + window_at, column && window_rows[1]);
+        if (step >= begin) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int w = 2 * step - p.pad_width + i % 2;
+                const bool inside = rows[i / 2] && w >= 0 && w < p.width;
+                const int64_t offset = i / 2 * row_bytes + static_cast<int64_t>(w) * pixel_bytes;
+                uint32_t words[T::kWords];
+                load<T>(words, x + offset, inside);
+#pragma unroll
+                for (int j = 0; j < T::kWords; ++j) {
+                    words[j] = T::E::activate(words[j], bias[j], floor);
+                }
+                float g[kVector], result[kVector];
+                clear(g);
+                if (i % 2 == 0) {
+#pragma unroll
+                    for (int c = 0; c < kVector; ++c) {
+                        g[c] = carry[i / 2][c];
+                    }
+                }
+                collect(g, here, i / 2 * 3 + i % 2);
+                if (i / 2 == 0) {
+                    collect(g, above, 6 + i % 2);
+                }
+                pixel<T>(result, words, g, p, mask_below, first, last);
+                if (inside && stores) {
+                    store<T>(dx + offset, result);
+#pragma unroll
+                    for (int c = 0; c < kVector; ++c) {
+                        sum[c] += result[c];
+                    }
+                }
+            }
         }
         clear(carry[0]);
         clear(carry[1]);
