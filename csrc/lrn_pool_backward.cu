@@ -1,4 +1,5 @@
-// dx of  a = max(0, x + bias),  y = maxpool(a_c s_c^-beta),  s_c = k + scale · Σ a_j²  (j: c-2 ... c+2 inside c's group), in one pass:
+// dx of  a = max(0, x + bias),  y = maxpool(a_c s_c^-beta),  in one pass;
+// s_c = k + scale · Σ a_j², j: c-2 ... c+2 inside c's group:
 //
 //   g_c  = sum of grad over the windows whose maximum, says `place`, was this pixel
 //   t_c  = g_c a_c s_c^-(beta+1)
@@ -84,7 +85,8 @@ DEVICE void clear(float (&sum)[kVector]) {
 }
 
 // Neighbouring lanes' channels around ours: values[0, 1] from the lane before, values[10, 11] from the lane after.
-template <class T> DEVICE void activations(float (&a)[kVector + 2 * kSides], const uint32_t (&words)[T::kWords], bool first, bool last) {
+template <class T>
+DEVICE void activations(float (&a)[kVector + 2 * kSides], const uint32_t (&words)[T::kWords], bool first, bool last) {
     uint32_t before[T::kSideWords], after[T::kSideWords];
 #pragma unroll
     for (int i = 0; i < T::kSideWords; ++i) {
@@ -114,8 +116,8 @@ template <bool kSquares> DEVICE void window_sums(float (&sum)[kVector], const fl
 
 // dx of one pixel's eight channels; all lanes of a warp together.
 template <class T>
-DEVICE void pixel(float (&dx)[kVector], const uint32_t (&words)[T::kWords], const float (&g)[kVector], const LrnPoolBackward& p,
-                  float mask_below, bool first, bool last) {
+DEVICE void pixel(float (&dx)[kVector], const uint32_t (&words)[T::kWords], const float (&g)[kVector],
+                  const LrnPoolBackward& p, float mask_below, bool first, bool last) {
     float a[kVector + 2 * kSides], t[kVector + 2 * kSides], s[kVector], shared[kVector];
     activations<T>(a, words, first, last);
     window_sums<true>(s, a);
@@ -318,7 +320,8 @@ template <class T, ElementType kType> void launch_both(const LrnPoolBackward& p,
 }
 
 template <ElementType kType> void launch_beta(const LrnPoolBackward& p, void* stream) {
-    p.beta == 0.75f ? launch_both<Traits<kType, true>, kType>(p, stream) : launch_both<Traits<kType, false>, kType>(p, stream);
+    p.beta == 0.75f ? launch_both<Traits<kType, true>, kType>(p, stream)
+                    : launch_both<Traits<kType, false>, kType>(p, stream);
 }
 
 }  // namespace

@@ -64,7 +64,8 @@ template <class T> DEVICE void store(uint8_t* to, const float (&values)[kVector]
 }
 
 // Words to fp32, from values[at] on.
-template <class T, int kCount, int kSize> DEVICE void unpack(float (&values)[kSize], int at, const uint32_t (&words)[kCount]) {
+template <class T, int kCount, int kSize>
+DEVICE void unpack(float (&values)[kSize], int at, const uint32_t (&words)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         values[at + i * T::E::kPerWord] = T::E::first(words[i]);
