@@ -1,0 +1,287 @@
+// The threads of one CUDA block as fibers of one CPU thread: any interleaving is a list of turns, so it can be replayed.
+//
+// A fiber runs until it waits (for the block's barrier or for its warp) and then the next one in the order has its turn.
+// Between two waits nothing else runs: whatever a kernel reads without having waited for it shows as a result that differs
+// between orders, or as the NaN that shared memory begins with. What the scheduler itself can see it throws, on its own stack:
+// a barrier that some threads passed by, a warp whose lanes wait for different things, a write between two shared arrays.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace host {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 << 10;
+constexpr size_t kRedZone = 64;    // bytes before, between and after shared arrays
+constexpr size_t kSharedMemory = 227 << 10;
+constexpr size_t kArrays = 16;     // at most, of a kernel
+constexpr uint8_t kPoison = 0xff;  // every float type reads it as NaN
+
+enum class Waits { kNothing, kBarrier, kWarp };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    void* fake_stack = nullptr;  // ASan's
+    dim3 index;
+    unsigned linear = 0, generation = 0;  // generation: of the exchange it waits for
+    Waits waits = Waits::kNothing;
+    bool done = false;
+};
+
+// One exchange of a warp: every lane leaves its value, the last to come wakes all. Two buffers, used in turn: nobody can be
+// two exchanges ahead of a lane that has not yet read.
+struct Warp {
+    uint32_t values[2][kWarp];
+    unsigned arrived = 0, generation = 0;
+};
+
+struct SharedArray {
+    int key;
+    size_t offset, bytes;
+};
+
+struct Block {
+    dim3 grid, block, index;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<uint8_t> shared;  // red zone, array, red zone, array, ..., in the order of first use
+    std::vector<SharedArray> arrays;
+    size_t used = 0, dynamic_bytes = 0;
+    Fiber* current = nullptr;
+    ucontext_t scheduler;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    std::function<void()> body;
+    std::string error;
+};
+
+inline Block* the_block = nullptr;
+inline int order = 0;  // of the turns: 0 forward, 1 reversed, anything else the seed of a shuffle for each round
+
+inline void poison(const uint8_t* address, size_t bytes, bool on) {
+#if defined(__SANITIZE_ADDRESS__)
+    on ? __asan_poison_memory_region(address, bytes) : __asan_unpoison_memory_region(address, bytes);
+#else
+    (void)address, (void)bytes, (void)on;
+#endif
+}
+
+inline void start_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(fake, stack, size);
+#endif
+}
+
+inline void finish_switch([[maybe_unused]] void* fake, [[maybe_unused]] const void** stack, [[maybe_unused]] size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake, stack, size);
+#endif
+}
+
+// From a fiber back to the scheduler; returns when the fiber has its next turn.
+inline void yield() {
+    Block& b = *the_block;
+    Fiber& me = *b.current;
+    start_switch(me.done ? nullptr : &me.fake_stack, b.scheduler_stack, b.scheduler_stack_size);
+    swapcontext(&me.context, &b.scheduler);
+    finish_switch(me.fake_stack, &b.scheduler_stack, &b.scheduler_stack_size);
+}
+
+inline void fiber_main() {
+    Block& b = *the_block;
+    finish_switch(nullptr, &b.scheduler_stack, &b.scheduler_stack_size);
+    b.body();
+    b.current->done = true;
+    yield();
+}
+
+inline void turn(Fiber& fiber) {
+    Block& b = *the_block;
+    b.current = &fiber;
+    void* fake = nullptr;
+    start_switch(&fake, fiber.stack.get(), kStack);
+    swapcontext(&b.scheduler, &fiber.context);
+    finish_switch(fake, nullptr, nullptr);
+}
+
+// What a lane gives, seen by all 32: `pick` reads the others' values once they are all there.
+template <class Pick>
+uint32_t exchange(uint32_t value, Pick pick) {
+    Fiber& me = *the_block->current;
+    Warp& warp = the_block->warps[me.linear / kWarp];
+    me.generation = warp.generation;
+    uint32_t(&values)[kWarp] = warp.values[me.generation & 1];
+    values[me.linear % kWarp] = value;
+    if (++warp.arrived == kWarp) {
+        warp.arrived = 0;
+        ++warp.generation;
+    }
+    me.waits = Waits::kWarp;
+    if (warp.generation == me.generation) {
+        yield();
+    }
+    me.waits = Waits::kNothing;
+    return pick(values);
+}
+
+// An error that a fiber finds: the scheduler throws it, for an exception cannot leave a fiber's stack.
+inline void fail(const char* message) {
+    the_block->error = message;
+    yield();
+}
+
+inline void barrier() {
+    the_block->current->waits = Waits::kBarrier;
+    yield();
+}
+
+// The shared array `key` of this block: made, and filled with NaN, at its first use.
+inline void* shared_array(int key, size_t bytes) {
+    Block& b = *the_block;
+    for (const SharedArray& array : b.arrays) {
+        if (array.key == key) {
+            return b.shared.data() + array.offset;
+        }
+    }
+    const size_t offset = b.used + kRedZone;
+    if (offset + bytes + kRedZone > b.shared.size()) {
+        fail("the launch asked for too little shared memory");
+    }
+    b.arrays.push_back({key, offset, bytes});
+    b.used = (offset + bytes + 15) / 16 * 16;
+    poison(b.shared.data() + offset, bytes, false);
+    return b.shared.data() + offset;
+}
+
+// An array inside the dynamic shared memory that the launch asked for.
+inline void* dynamic_shared(size_t offset, size_t bytes) {
+    if (offset + bytes > the_block->dynamic_bytes) {
+        fail("the launch asked for too little shared memory");
+    }
+    return shared_array(static_cast<int>(offset), bytes);
+}
+
+inline void check_red_zones(Block& b) {
+    poison(b.shared.data(), b.shared.size(), false);
+    size_t at = 0;
+    for (size_t i = 0; i <= b.arrays.size(); ++i) {
+        const size_t end = i < b.arrays.size() ? b.arrays[i].offset : b.shared.size();
+        for (; at < end; ++at) {
+            if (b.shared[at] != kPoison) {
+                throw std::runtime_error("write between shared arrays, before array " + std::to_string(i));
+            }
+        }
+        at = i < b.arrays.size() ? end + b.arrays[i].bytes : end;
+    }
+}
+
+inline bool asleep(const Block& b, const Fiber& f) {
+    return f.waits == Waits::kBarrier ||
+           (f.waits == Waits::kWarp && b.warps[f.linear / kWarp].generation == f.generation);
+}
+
+// After a round in which every fiber had its turn: opens the barrier if all have come, throws if nobody can go on.
+inline bool finished(Block& b) {
+    size_t done = 0, at_barrier = 0, in_warp = 0;
+    for (const Fiber& f : b.fibers) {
+        done += f.done;
+        at_barrier += !f.done && f.waits == Waits::kBarrier;
+        in_warp += !f.done && f.waits == Waits::kWarp && asleep(b, f);
+    }
+    if (at_barrier == b.fibers.size()) {
+        for (Fiber& f : b.fibers) {
+            f.waits = Waits::kNothing;
+        }
+    } else if (done < b.fibers.size() && done + at_barrier + in_warp == b.fibers.size()) {
+        throw std::runtime_error("threads wait for each other: " + std::to_string(at_barrier) + " at __syncthreads, " +
+                                 std::to_string(in_warp) + " in a warp operation, " + std::to_string(done) + " returned");
+    }
+    return done == b.fibers.size();
+}
+
+inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& random) {
+    poison(b.shared.data(), b.shared.size(), false);
+    std::fill(b.shared.begin(), b.shared.end(), kPoison);
+    poison(b.shared.data(), b.shared.size(), true);
+    b.arrays.clear();
+    b.used = 0;
+    b.warps.assign((b.fibers.size() + kWarp - 1) / kWarp, {});
+    for (Fiber& f : b.fibers) {
+        f.waits = Waits::kNothing;
+        f.done = false;
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = kStack;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, fiber_main, 0);
+    }
+    do {
+        if (order > 1) {
+            std::shuffle(turns.begin(), turns.end(), random);
+        }
+        for (unsigned i : turns) {
+            Fiber& f = b.fibers[i];
+            if (!f.done && !asleep(b, f)) {
+                turn(f);
+            }
+            if (!b.error.empty()) {
+                throw std::runtime_error(b.error);
+            }
+        }
+    } while (!finished(b));
+    check_red_zones(b);
+}
+
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+    Block b;
+    b.grid = grid;
+    b.block = block;
+    b.body = std::move(body);
+    b.fibers.resize(block.x * block.y * block.z);
+    b.dynamic_bytes = shared_bytes;
+    b.shared.resize(kSharedMemory + kArrays * (kRedZone + 16));
+    std::vector<unsigned> turns;
+    for (unsigned i = 0; i < b.fibers.size(); ++i) {
+        b.fibers[i].stack = std::make_unique<char[]>(kStack);
+        b.fibers[i].linear = i;
+        b.fibers[i].index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+        turns.push_back(i);
+    }
+    if (order == 1) {
+        std::reverse(turns.begin(), turns.end());
+    }
+    std::mt19937 random(static_cast<unsigned>(order));
+    the_block = &b;
+    for (b.index.z = 0; b.index.z < grid.z; ++b.index.z) {
+        for (b.index.y = 0; b.index.y < grid.y; ++b.index.y) {
+            for (b.index.x = 0; b.index.x < grid.x; ++b.index.x) {
+                run_block(b, turns, random);
+            }
+        }
+    }
+    the_block = nullptr;
+}
+
+}  // namespace host

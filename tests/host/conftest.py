@@ -1,0 +1,43 @@
+"""Builds what host execution needs, once a session, by g++ alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", "-x", "c++"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+KERNELS = ["csrc/lrn_pool_backward.cu"]
+
+
+def build(target: Path, sources: list[str], flags: list[str]) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("host execution needs g++")
+    subprocess.run(
+        [compiler, *FLAGS, *flags, *(str(ROOT / source) for source in sources), "-o", str(target)], check=True
+    )
+    return target
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "kernels.so"
+    return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O2", "-fPIC", "-shared"])
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "sanitized"
+    return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O0", *SANITIZERS])
+
+
+@pytest.fixture(scope="session", params=["plain", "sanitized"])
+def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+    sanitize = request.param == "sanitized"
+    target = tmp_path_factory.mktemp("host") / "plants"
+    return build(target, ["tests/host/plants.cu"], ["-O0", *(SANITIZERS if sanitize else [])]), sanitize
