@@ -18,6 +18,7 @@ from alexnet_kernels import dispatch
 from alexnet_kernels import functional as F
 
 X = torch.linspace(-3, 3, 2 * 16 * 3 * 3).reshape(2, 16, 3, 3)
+W, CONV, NORM, POOL = torch.randn(4, 16, 3, 3), (1, 1, 1, 1), (5, 1e-4, 0.75, 1.0), (3, 2, 0, 1, False)
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is on only where there is no GPU")
 
 CALLS = {
@@ -28,6 +29,8 @@ CALLS = {
     "max_pool2d": (lambda: (X, 2), {}),
     "lrn_max_pool2d": (lambda: (X, 5), {"groups": 2}),
     "max_pool2d_lrn": (lambda: (X, 5), {"alpha_mode": "sum"}),
+    "conv2d_relu_lrn_max_pool2d": (lambda: (X, W, None, CONV, NORM, POOL), {"groups": 2}),
+    "conv2d_relu_max_pool2d_lrn": (lambda: (X, W, None, CONV, NORM, POOL), {"alpha_mode": "sum"}),
 }
 
 
@@ -160,7 +163,8 @@ def test_explain_reasons() -> None:
     assert "torch.float64" in ak.explain("local_response_norm", X.double(), 5).why_not["triton"]
     assert "'meta'" in ak.explain("local_response_norm", X.to("meta"), 5).why_not["triton"]
     assert "torch.int64" in ak.explain("local_response_norm", X.long(), 5).why_not["triton"]
-    with ak.use_backend("triton"), pytest.raises(RuntimeError, match="cannot run"):
+    assert "kernel area 289 > 256" in ak.explain("max_pool2d", torch.zeros(1, 1, 20, 20), 17).why_not["triton"]
+    with ak.use_backend("cudnn"), pytest.raises(RuntimeError, match="no implementation of max_pool2d"):
         ak.explain("max_pool2d", X, 2)
 
 
@@ -195,7 +199,7 @@ def test_explain_parts_of_lrn_with_pooling() -> None:
     assert json.loads(json.dumps(said.to_json()))["parts"][1]["op"] == "max_pool2d"
     for name in ("lrn_max_pool2d", "max_pool2d_lrn"):
         for call in (lambda name=name: ak.explain(name, X, 5), lambda name=name: getattr(F, name)(X, 5)):
-            with ak.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run max_pool2d"):
+            with ak.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' has no implementation of lrn_pool"):
                 call()
 
 
