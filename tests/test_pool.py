@@ -13,6 +13,7 @@ import torch.nn.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import alexnet_kernels as ak
 from alexnet_kernels import dispatch, nn, reference
@@ -90,7 +91,7 @@ def test_shapes_and_refusals_are_torchs(kernel, stride, padding, dilation, sides
     except RuntimeError:
         assert not offered
         return
-    assert offered or any(p and d > side for p, d, side in zip(padding, dilation, sides, strict=True))
+    assert offered or any(p and d > 1 for p, d in zip(padding, dilation, strict=True))
     if offered:
         assert pool.empty_outputs(x, pool.window_of(*geometry), ceil_mode, True)[0].shape == expected.shape
 
@@ -122,8 +123,17 @@ def test_opcheck_of_the_gradients(order: bool, layout: torch.memory_format) -> N
     y, place = fused.lrn_pool(x, bias, True, *NORM, WINDOW, False, order, True)
     g = torch.randn_like(y).requires_grad_()
     torch.library.opcheck(pool.max_pool2d_backward, (g, place, 7, 8, WINDOW))
-    torch.library.opcheck(fused.lrn_pool_backward, (g, x, bias, place, True, *NORM, WINDOW, order, True))
-    torch.library.opcheck(fused.lrn_pool_backward, (g, x, None, place, False, *NORM, WINDOW, order, False))
+    quick = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+    )  # the fourth takes 10 s; gradgradcheck stands in
+    torch.library.opcheck(
+        fused.lrn_pool_backward, (g, x, bias, place, True, *NORM, WINDOW, order, True), test_utils=quick
+    )
+    torch.library.opcheck(
+        fused.lrn_pool_backward, (g, x, None, place, False, *NORM, WINDOW, order, False), test_utils=quick
+    )
 
 
 def composed(x: Tensor, bias: Tensor | None, order: bool, norm: tuple = NORM, pooling: tuple = GEOMETRIES[0]) -> Tensor:
@@ -282,29 +292,32 @@ def test_compiled_and_exported(name: str, layout: torch.memory_format) -> None:
     """Whole graphs that hold the operation, one of them for every batch; and its gradient."""
     torch._dynamo.reset()
     module = nn.MaxPool2d(3, 2) if name == "pool" else nn.FusedSequential(*_net(False))
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    frames = set()
     for n in (2, 3, 5):
         x = torch.randn(n, 3, 9, 9).contiguous(memory_format=layout).requires_grad_()
         y, expected = compiled(x), module(x)
         torch.testing.assert_close(y, expected)
         assert y.stride() == expected.stride()
         torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, expected)))
-    assert counter.frame_count == 1
-    assert any("alexnet_kernels" in str(node.target) for node in counter.graphs[0].graph.nodes)
+        frames.add(counter.frame_count)
+    assert len(frames) == 1
+    assert any("alexnet_kernels" in str(node.target) for node in counter.graphs[-1].graph.nodes)
     exported = torch.export.export(module, (x.detach(),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
     torch.testing.assert_close(exported.module()(x[:2]), module(x[:2]))
     traced = torch.jit.trace(module, (x.detach(),))
     torch.testing.assert_close(traced(x), module(x))
 
 
-def test_a_graph_without_kernels_holds_plain_torch() -> None:
+def test_a_graph_without_kernels_holds_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(lambda x: F.max_pool2d(x.to(torch.double), 3, 2), fullgraph=True, backend=counter)
-    compiled(torch.randn(1, 3, 7, 7).half())
-    if ak.explain("max_pool2d", torch.randn(1, 3, 7, 7).double(), 3).backend == "reference":
-        assert counter.frame_count == 1
+    for op in stand_in.OPERATIONS:
+        monkeypatch.setitem(dispatch._table, op, dispatch._table[op][-1:])
+    counter = CompileCounterWithBackend("eager")
+    torch.compile(lambda x: F.lrn_max_pool2d(x, 5), fullgraph=True, backend=counter)(torch.randn(1, 3, 7, 7))
+    called = [str(node.target) for node in counter.graphs[0].graph.nodes if node.op == "call_function"]
+    assert not any(op in target for op in ("alexnet_kernels.max_pool2d", "lrn_pool") for target in called)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -345,7 +358,7 @@ def test_a_backward_runs_on_the_backend_of_its_forward() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(("bias", "relu", "order"), itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize(("bias", "relu", "order"), list(itertools.product([False, True], repeat=3)))
 def test_the_reference_agrees_with_the_stand_in(bias: bool, relu: bool, order: bool) -> None:
     x, b = values(2, 6, 7, 8, dtype=torch.bfloat16), values(6, dtype=torch.bfloat16) if bias else None
     args = (b, relu, *NORM[:4], 2, WINDOW, True, order, True)

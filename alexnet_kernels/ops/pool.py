@@ -10,6 +10,7 @@ is copied once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,16 +173,24 @@ def why_plain(x: Tensor, window: tuple[int, ...] | None, ceil_mode: bool) -> str
         return f"torch's own pooling runs for {x.dtype}"
     if x.dim() != 4 or x.numel() == 0:
         return f"torch's own pooling runs for the shape {tuple(x.shape)}"
-    if window is None or any(_is_odd(x.shape[2 + axis], ceil_mode, *window[axis::2]) for axis in (0, 1)):
+    _, _, height, width = x.shape
+    usual = _is_usual if torch.compiler.is_compiling() or type(height) is not int else _is_usual_cached
+    if window is None or not usual(height, width, window, ceil_mode):
         return f"torch's own pooling runs for, or refuses, a window {window} over {tuple(x.shape)}"
     return why_transformed()
 
 
-def _is_odd(size: int, ceil_mode: bool, kernel: int, stride: int, padding: int, dilation: int) -> bool:
-    """Whether torch would refuse the window along one axis, or one could lie in the padding alone."""
-    if min(kernel, stride, dilation) < 1 or not 0 <= padding <= (dilation * (kernel - 1) + 1) // 2:
-        return True
-    return (padding > 0 and dilation > size) or out_size(size, ceil_mode, kernel, stride, padding, dilation) < 1
+def _is_usual(height: int, width: int, window: tuple[int, ...], ceil_mode: bool) -> bool:
+    """Whether torch would not refuse the window, and none can lie in the padding alone."""
+    for size, (kernel, stride, padding, dilation) in ((height, window[0::2]), (width, window[1::2])):
+        if kernel < 1 or stride < 1 or dilation < 1 or not 0 <= padding <= kernel // 2:
+            return False
+        if (padding > 0 and dilation > size) or out_size(size, ceil_mode, kernel, stride, padding, dilation) < 1:
+            return False
+    return True
+
+
+_is_usual_cached = functools.lru_cache(1024)(_is_usual)  # a call on a small tensor takes microseconds, this 3 of them
 
 
 def apply(x: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool) -> Tensor:
