@@ -136,7 +136,7 @@ def _second_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, bias, place = ctx.saved_tensors
 
     def first(grad: Tensor, x: Tensor, *bias: Tensor) -> Outputs:
-        return reference.lrn_pool_backward(grad, x, *(bias or (None,)), place, *ctx.arguments)
+        return reference.lrn_pool_backward(grad, x, bias[0] if bias else None, place, *ctx.arguments)
 
     tensors = (grad, x) if bias is None else (grad, x, bias)
     second = torch.func.vjp(first, *tensors)[1](grads)
