@@ -92,10 +92,13 @@ def compiled_why_not(name: str, x: Tensor) -> str | None:
     return f"no kernel for {x.dtype}" if x.dtype not in _COMPILED_DTYPES[name] else _extension.why_not(name)
 
 
-@torch.compiler.assume_constant_result
 def runs_compiled(op: str, device: torch.device, dtype: torch.dtype, *args: Any) -> bool:
     """Whether a graph under compilation should hold ``op``, which asks for its backend when it runs: some kernel can.
 
     Where none can, the graph holds plain torch, which the compiler fuses with its surroundings. ``args`` follow the input.
     """
     return dispatch.has_kernel(op, torch.empty(0, dtype=dtype, device=device), *args)
+
+
+# What torch.compiler.assume_constant_result does; calling that loads torch._dynamo, and with it Triton, at import.
+runs_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
