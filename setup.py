@@ -93,7 +93,7 @@ def run(command: list[str], check: bool = True) -> str:
 
 
 def headers() -> list[str]:
-    return [f"-isystem{torch_root() / 'include'}", f"-I{sysconfig.get_path('include')}", TORCH, LIMITED]
+    return ["-isystem", str(torch_root() / "include"), f"-I{sysconfig.get_path('include')}", TORCH, LIMITED]
 
 
 def libraries(*names: str) -> list[str]:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,11 +48,10 @@ class Explanation:
         return Explanation(op, backend, {name: why for name in BACKENDS if name != backend})
 
     @staticmethod
-    def of_parts(op: str, *parts: Explanation) -> Explanation:
-        """``op`` has no implementation of its own and runs as ``parts``, in this order."""
-        used = tuple(dict.fromkeys(part.backend for part in parts))
-        why = "no implementation of both operations in one in this version"
-        return Explanation(op, " + ".join(used), {name: why for name in BACKENDS if name not in used}, parts)
+    def of_parts(op: str, why_not: Mapping[str, str], *parts: Explanation) -> Explanation:
+        """``op`` runs as ``parts``, in this order; ``why_not`` says what keeps a backend from running more of it in one."""
+        used = tuple(dict.fromkeys(name for part in parts for name in part.backend.split(" + ")))
+        return Explanation(op, " + ".join(used), {n: why for n, why in why_not.items() if n not in used}, parts)
 
     def __str__(self) -> str:
         head = f"{self.op} runs on {self.backend}"
@@ -149,9 +148,24 @@ def recording() -> Iterator[set[str]]:
 
 def run(op: str, *args: Any) -> Any:
     """``op(*args)`` on the implementation that :func:`choose` names."""
-    chosen = choose(op, *args)
+    return perform(choose(op, *args), *args)
+
+
+def perform(chosen: Implementation, *args: Any) -> Any:
+    """Run what :func:`choose` named."""
     note(chosen.backend)
     return chosen.run(*args)
+
+
+def kernel(op: str, *args: Any) -> Implementation | None:
+    """What :func:`choose` names; None for the reference, in whose place the caller has torch's own operations."""
+    chosen = choose(op, *args)
+    return None if chosen.backend == "reference" else chosen
+
+
+def has_kernel(op: str, *args: Any) -> bool:
+    """Whether any backend but the reference could run ``op(*args)``, whatever was asked for."""
+    return any(i.backend != "reference" and i.why_not(*args) is None for i in _table[op])
 
 
 def note(backend: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -17,12 +18,17 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from . import reference
 from .ops import composite as _composite
+from .ops import fused as _fused
 from .ops import lrn as _lrn
+from .ops import pool as _pool
 from .ops._library import Explanation
 
 AlphaMode = Literal["mean", "sum"]
 Pair = int | tuple[int, int]
 Number = float | Tensor
+Norm = tuple[int, Number, Number, Number]
+Pooling = tuple[Pair, Pair | None, Pair, Pair, bool]
+Convolution = tuple[Pair, Pair | str, Pair, int]
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -173,8 +179,27 @@ def max_pool2d(
         arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return handle_torch_function(max_pool2d, (input,), *arguments)
     _require_tensor("input", input)
-    pool = _composite.max_pool2d_with_indices if return_indices else _composite.max_pool2d
+    pool = _composite.max_pool2d_with_indices if return_indices else _pool.apply
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _are_numbers(*coefficients: Number) -> bool:
+    return not any(isinstance(value, Tensor) for value in coefficients)
+
+
+def _lrn_and_pool(
+    x: Tensor, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
+) -> Tensor:
+    """Both in one where that can be; three dimensions mean [N, C, L] to the norm and [C, H, W] to the pool."""
+    _require_tensor("input", x)
+    if x.dim() == 4 and x.numel() and _are_numbers(*norm):
+        size, alpha, beta, k = norm
+        scale = _lrn_scale(x, size, alpha, groups, alpha_mode)
+        return _fused.apply(x, (size, scale, beta, k, groups), pooling, pool_first)  # type: ignore[arg-type]
+    if pool_first:
+        pooled = _pool.apply(x, *pooling)
+        return local_response_norm(pooled, *norm, groups=groups, alpha_mode=alpha_mode)
+    return _pool.apply(local_response_norm(x, *norm, groups=groups, alpha_mode=alpha_mode), *pooling)
 
 
 def lrn_max_pool2d(
@@ -197,8 +222,8 @@ def lrn_max_pool2d(
         arguments = (input, size, alpha, beta, k, kernel_size, stride, padding, dilation, ceil_mode)
         options = {"groups": groups, "alpha_mode": alpha_mode}
         return handle_torch_function(lrn_max_pool2d, (input,), *arguments, **options)
-    normalised = local_response_norm(input, size, alpha, beta, k, groups=groups, alpha_mode=alpha_mode)
-    return _composite.max_pool2d(normalised, kernel_size, stride, padding, dilation, ceil_mode)
+    pooling = (kernel_size, stride, padding, dilation, ceil_mode)
+    return _lrn_and_pool(input, (size, alpha, beta, k), pooling, groups, alpha_mode, pool_first=False)
 
 
 def max_pool2d_lrn(
@@ -221,9 +246,72 @@ def max_pool2d_lrn(
         arguments = (input, size, alpha, beta, k, kernel_size, stride, padding, dilation, ceil_mode)
         options = {"groups": groups, "alpha_mode": alpha_mode}
         return handle_torch_function(max_pool2d_lrn, (input,), *arguments, **options)
-    _require_tensor("input", input)
-    pooled = _composite.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    return local_response_norm(pooled, size, alpha, beta, k, groups=groups, alpha_mode=alpha_mode)
+    pooling = (kernel_size, stride, padding, dilation, ceil_mode)
+    return _lrn_and_pool(input, (size, alpha, beta, k), pooling, groups, alpha_mode, pool_first=True)
+
+
+def _conv_and_rest(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    groups: int,
+    alpha_mode: AlphaMode,
+    *,
+    pool_first: bool,
+) -> Tensor:
+    _require_tensor("input", x)
+    _require_tensor("weight", weight)
+    a, left = _fused.convolve(x, weight, bias, *conv)
+    if a.dim() != 4 or not a.numel() or not _are_numbers(*norm):
+        return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
+    size, alpha, beta, k = norm
+    scale = _lrn_scale(a, size, alpha, groups, alpha_mode)
+    return _fused.apply(a, (size, scale, beta, k, groups), pooling, pool_first, True, left)  # type: ignore[arg-type]
+
+
+def conv2d_relu_lrn_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    *,
+    groups: int = 1,
+    alpha_mode: AlphaMode = "mean",
+) -> Tensor:
+    """:func:`lrn_max_pool2d` of :func:`conv2d_relu`, in one after the convolution.
+
+    ``conv`` is its ``(stride, padding, dilation, groups)``, ``norm`` is ``(size, alpha, beta, k)``, ``pooling`` is
+    ``(kernel_size, stride, padding, dilation, ceil_mode)``; ``groups`` and ``alpha_mode`` are the norm's.
+    """
+    tensors, arguments = (input, weight, bias), (conv, norm, pooling)
+    if has_torch_function_variadic(*tensors):
+        options = {"groups": groups, "alpha_mode": alpha_mode}
+        return handle_torch_function(conv2d_relu_lrn_max_pool2d, tensors, *tensors, *arguments, **options)
+    return _conv_and_rest(*tensors, *arguments, groups, alpha_mode, pool_first=False)
+
+
+def conv2d_relu_max_pool2d_lrn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    *,
+    groups: int = 1,
+    alpha_mode: AlphaMode = "mean",
+) -> Tensor:
+    """:func:`max_pool2d_lrn` of :func:`conv2d_relu`; arguments of :func:`conv2d_relu_lrn_max_pool2d`."""
+    tensors, arguments = (input, weight, bias), (conv, norm, pooling)
+    if has_torch_function_variadic(*tensors):
+        options = {"groups": groups, "alpha_mode": alpha_mode}
+        return handle_torch_function(conv2d_relu_max_pool2d_lrn, tensors, *tensors, *arguments, **options)
+    return _conv_and_rest(*tensors, *arguments, groups, alpha_mode, pool_first=True)
 
 
 def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:
@@ -235,7 +323,7 @@ def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Expla
 
     Returns:
         An ``Explanation``: ``.backend``, ``.why_not`` (a reason for each other backend), ``.to_json()``; it prints well.
-        LRN with pooling runs as two operations in this version: ``.parts`` explains both, in their order.
+        What runs as several operations has ``.parts`` that explain each, in their order.
 
     Raises:
         ValueError: ``op`` is no function of this module.
@@ -292,23 +380,66 @@ def _explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanati
 
 def _explain_pool(x: Tensor, *args: Any) -> Explanation:
     _require_tensor("input", x)
-    reference.max_pool2d(*_meta(x), *args[:5])
-    return _composite.explain("max_pool2d")
+    *pooling, return_indices = args
+    reference.max_pool2d(*_meta(x), *pooling)
+    return _composite.explain("max_pool2d", _composite.WHY_INDICES) if return_indices else _pool.explain(x, *pooling)
 
 
-def _explain_lrn_pool(
-    x: Tensor, size: int, alpha: Number, beta: Number, k: Number, *pool: Any, **options: Any
+def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Another shape on the device and in the dtype of ``x``, without its memory."""
+    return x.new_empty(1).expand(shape)
+
+
+def _explain_lrn_and_pool(
+    op: str, x: Tensor, *args: Any, pool_first: bool, relu: bool = False, **options: Any
 ) -> Explanation:
-    norm = _explain_lrn(x, size, alpha, beta, k, **options)
-    return Explanation.of_parts("lrn_max_pool2d", norm, _explain_pool(x, *pool))
+    _require_tensor("input", x)
+    (size, alpha, beta, k), pooling = args[:4], args[4:]
+    if x.dim() == 4 and x.numel() and _are_numbers(alpha, beta, k):
+        norm = (size, _lrn_scale(x, size, alpha, **options), beta, k, options["groups"])
+        reference.max_pool2d(*_meta(x), *pooling)
+        whole = _fused.explain(op, x, norm, pooling, pool_first, relu)  # type: ignore[arg-type]
+        if whole.backend != "reference":
+            return whole
+        why_not = whole.why_not
+    else:
+        why_not = Explanation.of_one(op, "reference", "a kernel takes [N, C, H, W] and numbers").why_not
+    if not pool_first:
+        return Explanation.of_parts(
+            op, why_not, _explain_lrn(x, *args[:4], **options), _explain_pool(x, *pooling, False)
+        )
+    pooled = _like(x, reference.max_pool2d(*_meta(x), *pooling).shape)
+    return Explanation.of_parts(
+        op, why_not, _explain_pool(x, *pooling, False), _explain_lrn(pooled, *args[:4], **options)
+    )
 
 
-def _explain_pool_lrn(
-    x: Tensor, size: int, alpha: Number, beta: Number, k: Number, *pool: Any, **options: Any
+def _explain_lrn_pool(x: Tensor, *args: Any, **options: Any) -> Explanation:
+    return _explain_lrn_and_pool("lrn_max_pool2d", x, *args, pool_first=False, **options)
+
+
+def _explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
+    return _explain_lrn_and_pool("max_pool2d_lrn", x, *args, pool_first=True, **options)
+
+
+def _explain_conv_and_rest(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
 ) -> Explanation:
-    first = _explain_pool(x, *pool)
-    pooled = x.new_empty(reference.max_pool2d(*_meta(x), *pool).shape)
-    return Explanation.of_parts("max_pool2d_lrn", first, _explain_lrn(pooled, size, alpha, beta, k, **options))
+    first = _explain_conv(x, weight, bias, *conv)
+    a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
+    rest = _explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
+    parts = rest.parts or (rest,)
+    return Explanation.of_parts(
+        op, first.why_not | rest.why_not, first if rest.parts else replace(first, op="conv2d"), *parts
+    )
+
+
+def _explain_conv_lrn_pool(*args: Any, **options: Any) -> Explanation:
+    return _explain_conv_and_rest("conv2d_relu_lrn_max_pool2d", *args, pool_first=False, **options)
+
+
+def _explain_conv_pool_lrn(*args: Any, **options: Any) -> Explanation:
+    return _explain_conv_and_rest("conv2d_relu_max_pool2d_lrn", *args, pool_first=True, **options)
 
 
 _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] = {
@@ -319,4 +450,6 @@ _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] 
     "max_pool2d": (max_pool2d, _explain_pool),
     "lrn_max_pool2d": (lrn_max_pool2d, _explain_lrn_pool),
     "max_pool2d_lrn": (max_pool2d_lrn, _explain_pool_lrn),
+    "conv2d_relu_lrn_max_pool2d": (conv2d_relu_lrn_max_pool2d, _explain_conv_lrn_pool),
+    "conv2d_relu_max_pool2d_lrn": (conv2d_relu_max_pool2d_lrn, _explain_conv_pool_lrn),
 }

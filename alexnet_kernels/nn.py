@@ -258,12 +258,31 @@ def max_pool2d_lrn(input: Tensor, children: Children) -> Tensor:
     return F.max_pool2d_lrn(input, *_lrn_arguments(norm), *_pool_arguments(pool), **_lrn_options(norm))
 
 
+def _conv_lrn_pool_arguments(conv: torch.nn.Conv2d, norm: Any, pool: Any) -> tuple[Any, ...]:
+    convolution = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.weight, conv.bias, convolution, _lrn_arguments(norm), _pool_arguments(pool)
+
+
+def conv2d_relu_lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:
+    conv, _, norm, pool = children
+    arguments = _conv_lrn_pool_arguments(conv, norm, pool)
+    return F.conv2d_relu_lrn_max_pool2d(input, *arguments, **_lrn_options(norm))
+
+
+def conv2d_relu_max_pool2d_lrn(input: Tensor, children: Children) -> Tensor:
+    conv, _, pool, norm = children
+    arguments = _conv_lrn_pool_arguments(conv, norm, pool)
+    return F.conv2d_relu_max_pool2d_lrn(input, *arguments, **_lrn_options(norm))
+
+
 _CONV, _LINEAR, _RELU = (torch.nn.Conv2d,), (torch.nn.Linear,), (torch.nn.ReLU,)
 _LRN, _POOL = (torch.nn.LocalResponseNorm, LocalResponseNorm), (torch.nn.MaxPool2d, MaxPool2d)
 
 _KNOWN = Known(  # a new run is a row; the function's name is what a report prints
     runs=(
         Run((_CONV, _RELU), conv2d_relu),
+        Run((_CONV, _RELU, _LRN, _POOL), conv2d_relu_lrn_max_pool2d),
+        Run((_CONV, _RELU, _POOL, _LRN), conv2d_relu_max_pool2d_lrn),
         Run((_LINEAR, _RELU), linear_relu),
         Run((_LRN, _POOL), lrn_max_pool2d),
         Run((_POOL, _LRN), max_pool2d_lrn),

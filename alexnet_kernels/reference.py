@@ -7,7 +7,7 @@ squares: ``alpha`` in the paper's formula, ``alpha / size`` in torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -135,3 +135,108 @@ def max_pool2d_with_indices(
 ) -> tuple[Tensor, Tensor]:
     """:func:`max_pool2d` and the flat position ``h·W + w`` of each maximum in its map, int64."""
     return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+
+
+def max_pool2d_with_place(
+    x: Tensor, window: Sequence[int], ceil_mode: bool = False, with_place: bool = True
+) -> tuple[Tensor, Tensor]:
+    """:func:`max_pool2d` and the ``place`` of each maximum: its tap ``row · KW + column`` in the window, uint8.
+
+    ``window`` is ``kernel, stride, padding, dilation``, rows before columns, the kernel of 256 taps at most. Without place,
+    that has no elements.
+    """
+    kernel, stride, padding, dilation = (tuple(window[i : i + 2]) for i in (0, 2, 4, 6))
+    if not with_place:
+        y = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+        return y, x.new_empty(0, dtype=torch.uint8)
+    y, index = F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    top, left = _corners(y, window)
+    width = x.shape[-1]
+    row, column = (index // width - top) // dilation[0], (index % width - left) // dilation[1]
+    return y, (row * kernel[1] + column).to(torch.uint8)
+
+
+def _corners(pooled: Tensor, window: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The first row [OH, 1] and column [OW] of each window; negative where it begins in the padding."""
+    (sh, sw), (ph, pw) = window[2:4], window[4:6]
+    rows, columns = (torch.arange(pooled.shape[axis], device=pooled.device) for axis in (2, 3))
+    return (rows * sh - ph)[:, None], columns * sw - pw
+
+
+def indices(place: Tensor, window: Sequence[int], width: int) -> Tensor:
+    """torch's indices, ``h·width + w`` of each maximum in its map, int64, from its place."""
+    (_, kw), (dh, dw) = window[0:2], window[6:8]
+    top, left = _corners(place, window)
+    tap = place.long()
+    return (top + tap // kw * dh) * width + left + tap % kw * dw
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """``x``'s elements at ``index``, positions in each map: what pooling took, and the gradient of what it spreads."""
+    return x.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+
+
+def max_pool2d_backward(grad: Tensor, place: Tensor, height: int, width: int, window: Sequence[int]) -> Tensor:
+    """Gradient of :func:`max_pool2d`: ``dx[h, w] = Σ grad`` of the windows whose place is ``(h, w)``."""
+    index = indices(place, window, width).flatten(2)
+    values = grad.to(arithmetic_dtype(grad.dtype)).flatten(2)
+    zeros = values.new_zeros(*index.shape[:2], height * width)
+    return zeros.scatter_add(2, index, values).unflatten(2, (height, width)).to(grad.dtype)
+
+
+def activation(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """``x + bias`` [C] of its channel, then ``max(0, .)`` where ``relu``; in the dtype of ``x``."""
+    a = x if bias is None else x + bias[:, None, None]
+    return F.relu(a) if relu else a
+
+
+def lrn_pool(
+    x: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    window: Sequence[int],
+    ceil_mode: bool = False,
+    pool_first: bool = False,
+    with_place: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """:func:`lrn` of the :func:`activation`, and max pooling after it, or before it where ``pool_first``; with places."""
+    a = activation(x, bias, relu)
+    if not pool_first:
+        return max_pool2d_with_place(lrn(a, size, scale, beta, k, groups), window, ceil_mode, with_place)
+    pooled, place = max_pool2d_with_place(a, window, ceil_mode, with_place)
+    return lrn(pooled, size, scale, beta, k, groups), place
+
+
+def lrn_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    place: Tensor,
+    relu: bool,
+    size: int,
+    scale: float,
+    beta: float,
+    k: float,
+    groups: int,
+    window: Sequence[int],
+    pool_first: bool = False,
+    with_bias_grad: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`lrn_pool` by ``x`` and ``bias``: pooling's, LRN's and ReLU's one after the other, rounded once."""
+    work = arithmetic_dtype(x.dtype)
+    norm = (size, scale, beta, k, groups)
+    a, g = activation(x, bias, relu).to(work), grad.to(work)
+    if pool_first:
+        g = lrn_backward(g, pick(a, indices(place, window, x.shape[-1])), *norm)
+    g = max_pool2d_backward(g, place, x.shape[-2], x.shape[-1], window)
+    if not pool_first:
+        g = lrn_backward(g, a, *norm)
+    if relu:
+        g = g.masked_fill(a <= 0, 0)
+    dbias = g.sum((0, 2, 3)).to(x.dtype) if with_bias_grad else x.new_empty(0)
+    return g.to(x.dtype), dbias

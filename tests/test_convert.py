@@ -151,7 +151,7 @@ RUNS = {
     "googlenet": [],
     "resnet18": [],
     "perceptual": ["conv2d_relu"] * 5,
-    "lrn": ["conv2d_relu", "lrn_max_pool2d", "conv2d_relu", "max_pool2d_lrn", "linear_relu"],
+    "lrn": ["conv2d_relu_lrn_max_pool2d", "conv2d_relu_max_pool2d_lrn", "linear_relu"],
 }
 
 

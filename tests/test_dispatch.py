@@ -19,6 +19,7 @@ from alexnet_kernels import functional as F
 
 LRN = "reference" if _extension.why_not("cpu") else "cpu"  # what runs it on a CPU that is not told otherwise
 X = torch.linspace(-3, 3, 2 * 16 * 3 * 3).reshape(2, 16, 3, 3)
+W, CONV, NORM, POOL = torch.randn(4, 16, 3, 3), (1, 1, 1, 1), (5, 1e-4, 0.75, 1.0), (3, 2, 0, 1, False)
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is on only where there is no GPU")
 
 CALLS = {
@@ -29,6 +30,8 @@ CALLS = {
     "max_pool2d": (lambda: (X, 2), {}),
     "lrn_max_pool2d": (lambda: (X, 5), {"groups": 2}),
     "max_pool2d_lrn": (lambda: (X, 5), {"alpha_mode": "sum"}),
+    "conv2d_relu_lrn_max_pool2d": (lambda: (X, W, None, CONV, NORM, POOL), {"groups": 2}),
+    "conv2d_relu_max_pool2d_lrn": (lambda: (X, W, None, CONV, NORM, POOL), {"alpha_mode": "sum"}),
 }
 
 
@@ -167,7 +170,8 @@ def test_explain_reasons() -> None:
     assert "torch.float64" in ak.explain("local_response_norm", X.double(), 5).why_not["triton"]
     assert "'meta'" in ak.explain("local_response_norm", X.to("meta"), 5).why_not["triton"]
     assert "torch.int64" in ak.explain("local_response_norm", X.long(), 5).why_not["triton"]
-    with ak.use_backend("triton"), pytest.raises(RuntimeError, match="cannot run"):
+    assert "kernel area 289 > 256" in ak.explain("max_pool2d", torch.zeros(1, 1, 20, 20), 17).why_not["triton"]
+    with ak.use_backend("cudnn"), pytest.raises(RuntimeError, match="no implementation of max_pool2d"):
         ak.explain("max_pool2d", X, 2)
 
 
@@ -203,7 +207,7 @@ def test_explain_parts_of_lrn_with_pooling() -> None:
     assert json.loads(json.dumps(said.to_json()))["parts"][1]["op"] == "max_pool2d"
     for name in ("lrn_max_pool2d", "max_pool2d_lrn"):
         for call in (lambda name=name: ak.explain(name, X, 5), lambda name=name: getattr(F, name)(X, 5)):
-            with ak.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run max_pool2d"):
+            with ak.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' has no implementation of lrn_pool"):
                 call()
 
 
@@ -262,9 +266,9 @@ def test_a_compiled_backward_asks_when_it_runs() -> None:
 
 def test_compiled_plain_operations_do_not_ask() -> None:
     """They are torch's own in the graph: use_backend's docstring says so."""
-    compiled = torch.compile(lambda x: F.max_pool2d(x, 2), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: F.linear_relu(x, W[0, 0]), fullgraph=True, backend="eager")
     with ak.use_backend("triton"):
-        assert torch.equal(compiled(X), torch.nn.functional.max_pool2d(X, 2))
+        assert torch.equal(compiled(X), torch.nn.functional.linear(X, W[0, 0]).relu())
 
 
 def test_a_backward_in_another_thread_and_task() -> None:

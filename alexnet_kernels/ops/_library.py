@@ -1,20 +1,43 @@
-"""What the op files share: the library they register in, and the layout rule."""
+"""What the op files share: the library they register in, the layout rule, and when an operation needs PyTorch's dispatcher."""
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float32, float64, library, memory_format
+from typing import Any
+
+import torch
+from torch import Tensor, library, memory_format
 from torch import channels_last as _channels_last
 from torch import channels_last_3d as _channels_last_3d
 from torch import contiguous_format as _contiguous
+from torch.autograd import forward_ad
 
-from .. import _extension
+from .. import _extension, dispatch
 from ..dispatch import Explanation
 
-__all__ = ["AUTOCAST_KEYS", "LIBRARY", "Explanation", "cpu_why_not", "dense", "layout_of"]
+__all__ = [
+    "AUTOCAST_KEYS",
+    "LIBRARY",
+    "Explanation",
+    "compiled_why_not",
+    "dense",
+    "is_direct",
+    "layout_of",
+    "runs_compiled",
+    "triton_why_not",
+    "wants_gradient",
+    "why_transformed",
+]
 
 LIBRARY = library.Library("alexnet_kernels", "DEF")
 
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_COMPILED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+_ORDINARY = (Tensor, torch.nn.Parameter, type(None))
 
 
 def layout_of(x: Tensor) -> memory_format:
@@ -32,11 +55,50 @@ def dense(x: Tensor, layout: memory_format | None = None) -> Tensor:
     return x.contiguous(memory_format=layout_of(x) if layout is None else layout)
 
 
-_CPU_DTYPES = (float32, bfloat16, float64)
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may be asked for: what it would need has to be kept."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def cpu_why_not(x: Tensor) -> str | None:
-    """The reasons that hold for every operation of the compiled library for CPUs."""
-    if not x.is_cpu:
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether nobody but autograd watches: no compiler, tracer, dispatch mode or tensor subclass.
+
+    Then an operation may call its implementation itself. Through ``torch.library``, whose layers are Python, the same call
+    costs 15 to 30 us more.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and all(type(t) in _ORDINARY for t in tensors)
+    )
+
+
+def why_transformed() -> str | None:
+    """Why plain torch runs whatever the tensors are: under a function transform."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "a function transform (torch.func, forward mode) needs plain torch, which composes with all of them"
+    return None
+
+
+def triton_why_not(x: Tensor) -> str | None:
+    return dispatch.triton_why_not(x, _TRITON_DTYPES)
+
+
+def compiled_why_not(name: str, x: Tensor) -> str | None:
+    """The reasons that hold for every kernel of the compiled library ``name``: another device, no such dtype, no library."""
+    if x.device.type != name:
         return f"no kernel for device {x.device.type!r}"
-    return _extension.why_not("cpu") if x.dtype in _CPU_DTYPES else f"no kernel for {x.dtype}"
+    return f"no kernel for {x.dtype}" if x.dtype not in _COMPILED_DTYPES[name] else _extension.why_not(name)
+
+
+def runs_compiled(op: str, device: torch.device, dtype: torch.dtype, *args: Any) -> bool:
+    """Whether a graph under compilation should hold ``op``, which asks for its backend when it runs: some kernel can.
+
+    Where none can, the graph holds plain torch, which the compiler fuses with its surroundings. ``args`` follow the input.
+    """
+    return dispatch.has_kernel(op, torch.empty(0, dtype=dtype, device=device), *args)
+
+
+# What torch.compiler.assume_constant_result does; calling that loads torch._dynamo, and with it Triton, at import.
+runs_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]

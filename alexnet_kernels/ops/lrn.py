@@ -12,14 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
-from ._library import AUTOCAST_KEYS, LIBRARY, cpu_why_not, dense, layout_of
+from ._library import (
+    AUTOCAST_KEYS,
+    LIBRARY,
+    compiled_why_not,
+    dense,
+    is_direct,
+    layout_of,
+    triton_why_not,
+    wants_gradient,
+    why_transformed,
+)
 from .composite import plain
-
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _forward(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Tensor:
@@ -65,8 +72,9 @@ def _arguments(ctx: Any) -> tuple[int, float, float, float, int]:
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
+    run = _backward if is_direct(grad, x) and not wants_gradient(grad, x) else lrn_backward
     with dispatch.use_backend(ctx.backend):
-        return lrn_backward(grad, x, *_arguments(ctx)), None, None, None, None, None
+        return run(grad, x, *_arguments(ctx)), None, None, None, None, None
 
 
 def _second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,12 +90,25 @@ register_autograd("alexnet_kernels::lrn", _gradient, setup_context=_save, lib=LI
 register_autograd("alexnet_kernels::lrn_backward", _second_gradient, setup_context=_save, lib=LIBRARY)
 
 
+class LRN(torch.autograd.Function):
+    """The same gradient without the dispatcher: see ``is_direct``."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save(ctx, inputs, inputs[0])
+        return _forward(*inputs)
+
+    backward = staticmethod(_gradient)
+
+
 def apply(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> Tensor:
     """LRN of any real ``x``: the operation, or plain torch for what it does not cover."""
     why = _why_plain(x)
     if why is not None:
         return plain("lrn", why, reference.lrn, x, size, scale, beta, k, groups)
-    return lrn(x, size, scale, beta, k, groups)
+    if not is_direct(x):
+        return lrn(x, size, scale, beta, k, groups)
+    return (LRN.apply if wants_gradient(x) else _forward)(x, size, scale, beta, k, groups)
 
 
 def explain(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int) -> dispatch.Explanation:
@@ -101,14 +122,11 @@ def explain(x: Tensor, size: int, scale: float, beta: float, k: float, groups: i
 def _why_plain(x: Tensor) -> str | None:
     if not x.is_floating_point():
         return f"torch's own LRN runs for {x.dtype}"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return "a function transform (torch.func, forward mode) needs plain torch, which composes with all of them"
-    return None
+    return why_transformed()
 
 
 def _triton_why_not(*args: Any) -> str | None:
-    x = args[-6]
-    return dispatch.triton_why_not(x, _TRITON_DTYPES)
+    return triton_why_not(args[-6])
 
 
 def _triton_forward(*args: Any) -> Tensor:
@@ -132,7 +150,7 @@ def _reference_backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
 
 
 def _cpu_why_not(*args: Any) -> str | None:
-    return cpu_why_not(args[-6])
+    return compiled_why_not("cpu", args[-6])
 
 
 def _cpu_forward(*args: Any) -> Tensor:
