@@ -329,9 +329,9 @@ def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Expla
         ValueError: ``op`` is no function of this module.
         RuntimeError: a backend was asked for by name and cannot run this call.
 
-    >>> explain("max_pool2d", torch.zeros(1, 1, 4, 4), 2).backend
+    >>> explain("max_pool2d", torch.zeros(1, 1, 4, 4), 2, return_indices=True).backend
     'reference'
-    >>> explain(lrn_max_pool2d, torch.zeros(1, 8, 4, 4, dtype=torch.double), 5).parts[0].why_not["triton"]
+    >>> explain(local_response_norm, torch.zeros(1, 8, 4, 4, dtype=torch.double), 5).why_not["triton"]
     'no kernel for torch.float64'
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))

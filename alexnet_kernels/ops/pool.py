@@ -173,6 +173,10 @@ def why_plain(x: Tensor, window: tuple[int, ...] | None, ceil_mode: bool) -> str
         return f"torch's own pooling runs for {x.dtype}"
     if x.dim() != 4 or x.numel() == 0:
         return f"torch's own pooling runs for the shape {tuple(x.shape)}"
+    if (
+        torch._C._get_tracing_state() is not None
+    ):  # whose check traces again without gradients, which would need no places
+        return "torch.jit.trace records torch's own pooling"
     _, _, height, width = x.shape
     usual = _is_usual if torch.compiler.is_compiling() or type(height) is not int else _is_usual_cached
     if window is None or not usual(height, width, window, ceil_mode):
