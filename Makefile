@@ -1,7 +1,7 @@
 # `make` lists the targets. Any GNU make since 3.81, any POSIX shell.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv compare test check lint types imports format gpu clean
+.PHONY: help venv compare test check lint types imports format gpu tune clean
 
 VENV ?= .venv
 OUT ?= bench/out
@@ -17,7 +17,9 @@ help:
 	@echo 'make check     ruff, mypy, and who may import whom'
 	@echo 'make format    let ruff format the code and repair what it safely can'
 	@echo 'make gpu       on a machine with a GPU: its tests, timings and ceilings, as JSON and a log in OUT=$(OUT);'
-	@echo '               PYTHON=python3 runs it with that Python as it is, and installs nothing'
+	@echo '               PYTHON=python3 runs it with that Python as it is, and installs nothing;'
+	@echo '               GPU_PROFILE=quick (4 minutes) or full (9), GPU_SECONDS=N, GPU_DRY_RUN=1 only lists the steps'
+	@echo 'make tune      on a machine with a GPU: the fastest launch of each kernel, as a table that is then used'
 	@echo 'make venv      only make, or bring up to date, $(VENV), which the others do first when needed'
 	@echo 'make clean     remove $(VENV) and the tools'"'"' caches'
 	@echo
@@ -25,7 +27,7 @@ help:
 	@echo 'TORCH_INDEX=URL        take torch from another index, such as a CPU build:'
 	@echo '                       TORCH_INDEX=https://download.pytorch.org/whl/cpu'
 	@echo 'TORCH=system           use the torch (2.10 or newer) that PYTHON has; TORCH=pypi goes back'
-	@echo 'VENV=DIR  ARGS="..."   another folder; more arguments for compare and gpu'
+	@echo 'VENV=DIR  ARGS="..."   another folder; more arguments for compare, gpu and tune'
 
 venv:
 	@sh tools/venv.sh $(VENV)
@@ -34,7 +36,7 @@ compare: venv
 	$(BIN)/python -m alexnet_kernels compare $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -ra -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -ra $(PYTEST_ARGS)
 
 # `make -k check` goes on after the first complaint. Modules, not commands: with TORCH=system a tool may be the system's,
 # and then $(BIN) has no command of its name.
@@ -57,6 +59,9 @@ format: venv
 # With PYTHON: no network, no .venv, whatever torch and pytest that Python has.
 gpu: $(if $(PYTHON),,venv)
 	$(or $(PYTHON),$(BIN)/python) -m bench.gpu --out $(OUT) $(ARGS)
+
+tune: $(if $(PYTHON),,venv)
+	$(or $(PYTHON),$(BIN)/python) -m bench.tune --work $(OUT) $(ARGS)
 
 clean:
 	@sh tools/venv.sh --remove $(VENV)

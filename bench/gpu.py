@@ -1,226 +1,404 @@
-"""``make gpu``: everything that needs a GPU, in one run, without a network: tests, ceilings, LRN, the comparison.
+"""``make gpu``: all that only a GPU can tell, in one command, without a network: tests, sanitizers, and the benchmarks.
 
-    python -m bench.gpu --out DIR [--only PART ...]
+    python -m bench.gpu [--out DIR] [--profile quick|full] [--budget SECONDS] [--only STEP ...] [--dry-run]
 
-Needs torch, triton, pytest, typer and rich, no installation of the package. Writes ``gpu.json`` (rewritten after each part,
-so that an interrupted run keeps what it has), ``gpu.log`` and ``compare.json`` into DIR. A part that fails is reported and
-the rest goes on. Exits 0, 1 when a part failed, 3 without a GPU.
+The steps run in order of importance, each in a process of its own with a budget; what a step does not use, later ones get.
+A step that fails, or that is stopped because its time is over, is reported, what it had measured until then is kept, and the
+rest goes on. What was left out is listed. ``gpu.json`` is rewritten after each step.
+
+GPU_PROFILE, GPU_SECONDS and GPU_DRY_RUN=1 are the environment's names for the options. Needs torch, triton, pytest and
+pytest-benchmark; nvidia-ml-py, typer, rich and matplotlib for clocks and the comparison. Exits 0, 1 when a step
+failed, 3 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
-import statistics
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
-import torch
-import torch.nn.functional as TF
-
-from alexnet_kernels import functional as F
-from alexnet_kernels import reference, use_backend
-from alexnet_kernels._files import write_text
-from alexnet_kernels.comparison.run import environment
-
-BATCH = 256
-COLD = 1 << 28  # bytes of buffers to rotate among: more than four times an H200's L2
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = {"quick": 225.0, "full": 525.0}  # seconds in all, starting included
+LEAST = 5.0  # seconds: no step begins with fewer
 
 
-def milliseconds(calls: list[Callable[[], object]], samples: int = 20) -> dict[str, float]:
-    """Median and quartile distance of one call, from a graph that replays ``calls`` (the same work on rotating buffers)."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
-    found = []
-    for _ in range(samples + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / len(calls))
-    low, median, high = statistics.quantiles(found[3:], n=4)
-    return {"milliseconds": median, "iqr": high - low}
+@dataclass(frozen=True)
+class Job:
+    """What a step's command is made from."""
+
+    profile: str
+    seconds: float
+    out: Path  # of the run
+    scratch: Path  # removed at the end
+    rows: Path  # where the step leaves its measurements, a JSON object a line
 
 
-def tests(out: Path) -> list[dict[str, object]]:
-    """The tests marked gpu (and two_gpu), slow ones too."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-ra",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu or two_gpu",
-        "--run-slow",
+@dataclass(frozen=True)
+class Step:
+    """One part of the run. Its commands get equal shares of its time."""
+
+    name: str
+    what: str
+    seconds: dict[str, float]
+    commands: Callable[[Job], list[list[str]]]
+    why_not: Callable[[], str | None] = lambda: None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def _tests(job: Job) -> list[list[str]]:
+    marks = "(gpu or two_gpu) and not slow" if job.profile == "quick" else "gpu or two_gpu"
+    slow = [] if job.profile == "quick" else ["--run-slow"]
+    return [_python("-m", "pytest", "tests", "-q", "-ra", "-p", "no:cacheprovider", "-m", marks, *slow)]
+
+
+def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Job], list[list[str]]]:
+    def command(job: Job) -> list[list[str]]:
+        more = [*arguments, *(full if job.profile == "full" else ())]
+        limits = [
+            "--rows",
+            str(job.rows),
+            "--seconds",
+            f"{max(1.0, 0.9 * job.seconds - 8):.0f}",
+            "--gpu-profile",
+            job.profile,
+        ]
+        options = ["-q", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet"]
+        return [_python("-m", "pytest", f"bench/{file}", *options, *limits, *more)]
+
+    return command
+
+
+def _sanitizer(job: Job) -> list[list[str]]:
+    tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    return [
+        [tool, "--tool", check, "--error-exitcode", "9", *_python("-m", "bench.gpu", "--small-cases")]
+        for check in ("memcheck", "racecheck")
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    if done.returncode:
-        raise RuntimeError(f"pytest ended with {done.returncode}")
-    return [{"case": "tests", "summary": done.stdout.strip().splitlines()[-1]}]
 
 
-def ceilings(out: Path) -> list[dict[str, object]]:
-    """What this card can do at best: matrix products and a device copy."""
-    rows: list[dict[str, object]] = []
-    for name, dtype, tf32 in (
-        ("bf16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("fp32", torch.float32, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-        timing = milliseconds([lambda a=a, b=b: a @ b])
-        rows.append({"case": f"matmul 8192 {name}", **timing, "tflops": 2 * 8192**3 / timing["milliseconds"] / 1e9})
-    torch.backends.cuda.matmul.allow_tf32 = False
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    timing = milliseconds([lambda: target.copy_(source)])
-    rows.append({"case": "copy 4 GiB", **timing, "gbps": 2 * source.nbytes / timing["milliseconds"] / 1e6})
-    return rows
+def _no_sanitizer() -> str | None:
+    return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH"
 
 
-def lrn(out: Path) -> list[dict[str, object]]:
-    """LRN at the network's two places, forward and backward: ours, torch eager, torch.compile, and the copy as the floor."""
-    rows = []
-    compiled = torch.compile(lambda x: TF.local_response_norm(x, 5, k=2.0))
-    contenders: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "ours": lambda x: F.local_response_norm(x, 5, k=2.0),
-        "torch": lambda x: TF.local_response_norm(x, 5, k=2.0),
-        "torch.compile": compiled,
-    }
-    for place, shape in (("norm1", (BATCH, 96, 55, 55)), ("norm2", (BATCH, 256, 27, 27))):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for layout in (torch.contiguous_format, torch.channels_last):
-                rows += _lrn_rows(place, shape, dtype, layout, contenders)
-    return rows
+def _compare(job: Job) -> list[list[str]]:
+    picture = job.scratch / "noise.png"
+    tracks = ("bf16", "fp32") if job.profile == "quick" else ("bf16", "tf32", "fp32")
+    return [
+        _python("-m", "bench.gpu", "--compare", track, "--rows", str(job.rows), "--picture", str(picture))
+        for track in tracks
+    ]
 
 
-def _lrn_rows(place, shape, dtype, layout, contenders) -> list[dict[str, object]]:
-    x = (torch.randn(shape, device="cuda").relu() * 20).to(dtype).contiguous(memory_format=layout)
-    g = torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=layout)
-    copies = max(2, -(-COLD // (2 * x.nbytes)))
-    inputs = [x.clone() for _ in range(copies)]
-    args = (5, 1e-4 / 5, 0.75, 2.0, 1)
-    truth = reference.lrn(x[:4].double(), *args)
-    truth_grad = reference.lrn_backward(g[:4].double(), x[:4].double(), *args)
-    rows = []
-    for who, call in contenders.items():
-        with use_backend("triton" if who == "ours" else "auto"), torch.no_grad():
-            row = {"case": place, "pass": "forward", "who": who, "dtype": str(dtype)[6:], "layout": str(layout)[6:]}
-            error = float((call(x)[:4].double() - truth).norm() / truth.norm())
-            timing = milliseconds([lambda t=t, call=call: call(t) for t in inputs])
-            rows.append({**row, **timing, "error": error, "gbps": 2 * x.nbytes / timing["milliseconds"] / 1e6})
-        with use_backend("triton" if who == "ours" else "auto"):
-            leaves = [t.requires_grad_() for t in (x.clone() for _ in range(copies))]
-            outputs = [call(t) for t in leaves]
-            grads = [
-                torch.autograd.grad(y, t, g, retain_graph=True)[0] for y, t in zip(outputs[:1], leaves[:1], strict=True)
-            ]
-            error = float((grads[0][:4].double() - truth_grad).norm() / truth_grad.norm())
-            timing = _eager(
-                [
-                    lambda y=y, t=t: torch.autograd.grad(y, t, g, retain_graph=True)
-                    for y, t in zip(outputs, leaves, strict=True)
-                ]
-            )
-            row = {**row, "pass": "backward", "timed": "eager, events around all calls"}
-            rows.append({**row, **timing, "error": error, "gbps": 3 * x.nbytes / timing["milliseconds"] / 1e6})
-    return rows
+# Most important first: is it right, what could the card do, the kernels that exist, then everything else.
+STEPS = (
+    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 50, "full": 110}, _tests),
+    Step(
+        "ceilings",
+        "matmul bf16, tf32, fp32; device copy; L2 read",
+        {"quick": 20, "full": 25},
+        _bench("test_ceilings.py"),
+    ),
+    Step(
+        "lrn",
+        "LRN and LRN with pooling, forward and backward, against torch, torch.compile and cuDNN's own",
+        {"quick": 45, "full": 75},
+        _bench("test_layers.py", "-k", "norm"),
+    ),
+    Step(
+        "sanitizer",
+        "compute-sanitizer memcheck and racecheck of every kernel on small cases",
+        {"quick": 25, "full": 50},
+        _sanitizer,
+        why_not=_no_sanitizer,
+        environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    ),
+    Step(
+        "layers",
+        "every other layer and fused group: convolutions in both layouts and as split towers, pooling, fc",
+        {"quick": 40, "full": 135},
+        _bench("test_layers.py", "-k", "not norm"),
+    ),
+    Step(
+        "model",
+        "paper and torchvision networks: inference, training step, two devices, memory, first call, compile time",
+        {"quick": 25, "full": 75},
+        _bench("test_model.py"),
+    ),
+    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 20, "full": 55}, _compare),
+)
+FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json")
 
 
-def _eager(calls: list[Callable[[], object]], samples: int = 20) -> dict[str, float]:
-    """As :func:`milliseconds` without a graph, for autograd, whose threads choose their own streams."""
+@dataclass
+class Done:
+    """How a step ended: ``passed``, ``failed``, ``stopped`` (its time was over) or ``left out``."""
+
+    step: str
+    status: str
+    reason: str
+    seconds: float
+    rows: list[dict[str, Any]]
+
+
+def plan(steps: Iterable[Step], profile: str, budget: float) -> list[tuple[Step, float]]:
+    """Each step with its own budget, and 0 for those that a smaller total does not reach."""
+    left, found = budget, []
+    for step in steps:
+        own = min(step.seconds[profile], left)
+        found.append((step, own if own >= LEAST else 0.0))
+        left -= found[-1][1]
+    return found
+
+
+def run_steps(
+    planned: Sequence[tuple[Step, float]],
+    budget: float,
+    job: Callable[[Step, float], Job],
+    log: TextIO,
+    finished: Callable[[list[Done]], None],
+    *,
+    execute: Callable[[Sequence[str], dict[str, str], float, TextIO], tuple[int | None, str]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Done]:
+    """Run the steps; none goes on after the total budget, and none but the first failing one can hurt the others."""
+    execute = execute or run_command
+    begin, owed, done = clock(), 0.0, list[Done]()
+    for step, own in planned:
+        owed += own
+        started = clock()
+        seconds = min(owed, budget) - (started - begin)
+        why = step.why_not() or (
+            f"no time: {max(0.0, seconds):.0f} s of the budget were left" if seconds < LEAST else None
+        )
+        if own == 0.0 and why is None:
+            why = "no time: the budget ends before it"
+        if why:
+            done.append(Done(step.name, "left out", why, 0.0, []))
+            finished(done)
+            continue
+        print(f"== {step.name}: {step.what} ({seconds:.0f} s)", flush=True)
+        status, reason, what = "passed", "", job(step, seconds)
+        try:
+            commands = step.commands(what)
+            for i, command in enumerate(commands):
+                share = (seconds - (clock() - started)) / (len(commands) - i)
+                code, last = execute(command, dict(step.environment), max(1.0, share), log)
+                if code is None:
+                    status, reason = "stopped", f"after {share:.0f} s"
+                elif code:
+                    status, reason = "failed", f"exit status {code}: {last}"
+                elif status == "passed":
+                    reason = last
+        except Exception as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+        done.append(Done(step.name, status, reason, round(clock() - started, 1), read_rows(what.rows)))
+        print(f"== {step.name}: {status} {reason}, {done[-1].seconds} s, {len(done[-1].rows)} rows", flush=True)
+        finished(done)
+    return done
+
+
+def run_command(
+    command: Sequence[str], environment: dict[str, str], seconds: float, log: TextIO
+) -> tuple[int | None, str]:
+    """Exit status (None: stopped after ``seconds``) and the last line of output; all of it goes to ``log``."""
+    log.write(f"\n$ {' '.join(command)}\n")
+    log.flush()
+    place = log.tell()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        code: int | None = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        code = None
+    except BaseException:
+        _stop(process)
+        raise
+    if code is None:
+        _stop(process)
+    log.flush()
+    with Path(log.name).open(errors="replace") as written:
+        written.seek(place)
+        lines = [line.strip() for line in written if line.strip()]
+    return code, lines[-1][:200] if lines else ""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """The step and all it started, first politely: pytest then still writes what it has."""
+    for number, patience in ((signal.SIGINT, 3.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+            return
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The measurements that a step left, without a line that was cut off."""
     found = []
-    for _ in range(samples + 3):
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / len(calls))
-    low, median, high = statistics.quantiles(found[3:], n=4)
-    return {"milliseconds": median, "iqr": high - low}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
-def compare(out: Path) -> list[dict[str, object]]:
-    """``alexnet-kernels compare`` in fp32, tf32 and bf16, on noise where scikit-image has no photographs."""
+def show_plan(planned: Sequence[tuple[Step, float]], profile: str, budget: float, out: Path) -> None:
+    print(f"profile {profile}: {budget:.0f} s in all")
+    for step, own in planned:
+        why = step.why_not()
+        note = f"   (left out here: {why})" if why else "" if own else "   (left out: the budget ends before it)"
+        print(f"{step.name:10} {own:5.0f} s  {step.what}{note}")
+    print(f"writes into {out}/: {', '.join(FILES)}")
+
+
+def small_cases() -> int:
+    """Every kernel once, on tensors small enough for a sanitizer, compared with the reference."""
+    import torch
+
+    from alexnet_kernels import functional as F
+    from alexnet_kernels import reference, use_backend
+
+    failed = 0
+    for size, layout, groups in (
+        (5, torch.channels_last, 2),  # vector
+        (5, torch.contiguous_format, 2),  # ring
+        (4, torch.contiguous_format, 2),  # general
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(2, 48, 7, 5, device="cuda").relu().to(dtype).contiguous(memory_format=layout)
+            g = torch.randn_like(x)
+            leaf = x.clone().requires_grad_()
+            with use_backend("triton"):
+                y = F.local_response_norm(leaf, size, k=2.0, groups=groups)
+                (dx,) = torch.autograd.grad(y, leaf, g)
+            arguments = (size, 1e-4 / size, 0.75, 2.0, groups)
+            right = reference.lrn(x.double(), *arguments), reference.lrn_backward(g.double(), x.double(), *arguments)
+            for got, want in zip((y, dx), right, strict=True):
+                error = float((got.double() - want).norm() / want.norm())
+                failed += not error < 4 * torch.finfo(dtype).eps
+                print(f"size {size} {layout} {dtype}: relative error {error:.1e}")
+    return int(failed > 0)
+
+
+def compare(track: str, rows: Path, picture: Path) -> int:
+    """``alexnet-kernels compare`` on photographs, or on noise where scikit-image has none; its rows go to ``rows``."""
+    import torch
     from PIL import Image
 
     from alexnet_kernels import images
 
     try:
         pictures = [str(p) for p in images.default_photographs()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         noise = torch.randint(0, 256, (300, 300, 3), dtype=torch.uint8)
-        Image.frombytes("RGB", (300, 300), bytes(noise.flatten().tolist())).save(out / "noise.png")
-        pictures = [str(out / "noise.png")]
-    rows: list[dict[str, object]] = []
-    for dtype in ("fp32", "tf32", "bf16"):
-        command = [sys.executable, "-m", "alexnet_kernels", "compare", *pictures, "--dtype", dtype, "--batch", "128"]
-        done = subprocess.run([*command, "--json", str(out / "compare.json")], capture_output=True, text=True)
-        print(done.stdout, done.stderr[-2000:])
-        if done.returncode not in (0, 1):
-            raise RuntimeError(f"compare --dtype {dtype} ended with {done.returncode}")
-        result = json.loads((out / "compare.json").read_text())
-        rows += [{"case": f"compare {dtype}", **row} for row in result["rows"]]
-        if done.returncode:
-            rows.append({"case": f"compare {dtype}", "failed": "results disagree with fp64"})
-    return rows
+        Image.frombytes("RGB", (300, 300), bytes(noise.flatten().tolist())).save(picture)
+        pictures = [str(picture)]
+    result = picture.with_name(f"compare-{track}.json")
+    options = ["--dtype", track, "--batch", "128", "--json", str(result)]
+    code = subprocess.run(_python("-m", "alexnet_kernels", "compare", *pictures, *options), check=False).returncode
+    if result.exists():
+        with rows.open("a") as file:
+            for row in json.loads(result.read_text())["rows"]:
+                file.write(json.dumps({"section": "compare", "track": track, **row}) + "\n")
+    return code
 
 
-PARTS = {part.__name__: part for part in (tests, ceilings, lrn, compare)}
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/out"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    arguments = parser.parse_args()
+    names = [step.name for step in STEPS]
+    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for what is written (bench/out)")
+    parser.add_argument("--profile", choices=PROFILES, default=os.environ.get("GPU_PROFILE") or "quick")
+    parser.add_argument("--budget", type=float, default=os.environ.get("GPU_SECONDS") or None, help="seconds in all")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
+    parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
+    for hidden in ("--compare", "--rows", "--picture"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.profile not in PROFILES:
+        parser.error(f"GPU_PROFILE={arguments.profile!r}: use {' or '.join(PROFILES)}")
+    if arguments.small_cases:
+        return small_cases()
+    if arguments.compare:
+        return compare(arguments.compare, Path(arguments.rows), Path(arguments.picture))
+    budget = float(arguments.budget) if arguments.budget is not None else PROFILES[arguments.profile]
+    planned = plan([step for step in STEPS if step.name in arguments.only], arguments.profile, budget)
+    if arguments.dry_run:
+        show_plan(planned, arguments.profile, budget, arguments.out)
+        return 0
+    import torch
+
     if not torch.cuda.is_available():
         print("no CUDA device is visible: nothing to run")
         return 3
-    out = arguments.out
+    return run(planned, arguments.profile, budget, arguments.out)
+
+
+def run(planned: Sequence[tuple[Step, float]], profile: str, budget: float, out: Path) -> int:
+    import torch
+
+    from alexnet_kernels._files import write_text
+    from alexnet_kernels.comparison.run import environment
+
+    from . import rows
+
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {
-        "schema": 1,
+    result: dict[str, Any] = {
+        "schema": 2,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment([torch.device("cuda:0")]),
-        "parts": {},
+        "profile": profile,
+        "budget": budget,
+        "environment": environment([torch.device("cuda", i) for i in range(torch.cuda.device_count())]),
     }
-    failed = False
-    with (out / "gpu.log").open("w") as log:
-        for name in arguments.only:
-            began = time.perf_counter()
-            try:
-                rows: list[dict[str, object]] = PARTS[name](out)
-            except Exception:
-                failed, rows = True, [{"case": name, "failed": traceback.format_exc()}]
-            seconds = round(time.perf_counter() - began, 1)
-            result["parts"][name] = {"seconds": seconds, "rows": rows}  # type: ignore[index]
-            write_text(out / "gpu.json", json.dumps(result, indent=1) + "\n")
-            for row in rows:
-                print(row, file=log)
-                print(row)
-            print(f"== {name}: {seconds} s", flush=True)
+
+    def finished(done: list[Done]) -> None:
+        result["steps"] = [vars(one) for one in done]
+        write_text(out / "gpu.json", json.dumps(result, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as scratch, (out / "gpu.log").open("w+") as log:
+
+        def job(step: Step, seconds: float) -> Job:
+            return Job(profile, seconds, out, Path(scratch), Path(scratch) / f"{step.name}.jsonl")
+
+        done = run_steps(planned, budget, job, log, finished)
+        measured = [row for one in done for row in one.rows]
+        files: list[Path] = []
+        failed = any(one.status == "failed" for one in done)
+        try:
+            found = rows.publish(measured, out)
+            files = [found] if found else []
+        except Exception as error:
+            failed = True
+            print(f"result file: {type(error).__name__}: {error}")
+        text = rows.summary(measured)
+        log.write("\n" + text)
+    print(text, end="")
+    for one in done:
+        print(f"{one.step:10} {one.status:9} {one.seconds:6.1f} s  {one.reason}")
+    print("wrote", ", ".join(str(path) for path in (out / "gpu.json", out / "gpu.log", *files)))
     return int(failed)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import math
+import random
 
-from alexnet_kernels.profiling.timer import Timing, interleave
+import pytest
+import torch
+
+from alexnet_kernels.profiling.timer import Timing, interleave, measure, ratio, relative_error, rotation
 
 
 class Clock:
@@ -61,3 +65,102 @@ def test_spread() -> None:
 def test_no_rounds_is_an_error() -> None:
     with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
         interleave({}, rounds=0)
+
+
+CPU = torch.device("cpu")
+
+
+def noisy(clock: Clock, name: str, milliseconds: float, generator: random.Random):
+    """A call with 5% of noise, and one in twenty that takes half as long again."""
+
+    def call() -> None:
+        slow = 1.5 if generator.random() < 0.05 else 1.0
+        clock.work(name, milliseconds * slow * generator.gauss(1.0, 0.05))()
+
+    return call
+
+
+def trial(seed: int, baseline_ms: float, ours_ms: float) -> str:
+    clock, generator = Clock(), random.Random(seed)
+    calls = {
+        "baseline": [noisy(clock, "baseline", baseline_ms, generator)],
+        "ours": [noisy(clock, "ours", ours_ms, generator)],
+    }
+    found = measure(calls, device=CPU, samples=60, sample_ms=0.1, seed=seed, clock=clock)
+    return ratio(found["baseline"], found["ours"], seed=seed, resamples=500).verdict
+
+
+def test_a_planted_difference_is_found() -> None:
+    assert sum(trial(seed, 1.1, 1.0) == "faster" for seed in range(100)) >= 90
+    assert sum(trial(seed, 1.0, 1.1) == "slower" for seed in range(100)) >= 90
+
+
+def test_no_difference_is_a_tie() -> None:
+    assert sum(trial(seed, 1.0, 1.0) == "tie" for seed in range(100)) >= 90
+
+
+def test_ratio() -> None:
+    found = ratio(Timing((2.0,) * 9), Timing((1.0,) * 9))
+    assert (found.value, found.low, found.high, found.verdict) == (2.0, 2.0, 2.0, "faster")
+
+
+def test_a_sample_lasts_long_enough_and_uses_every_set() -> None:
+    clock = Clock()
+    calls = [clock.work("a", 0.1), clock.work("b", 0.3)]
+    found = measure({"x": calls}, device=CPU, samples=5, sample_ms=1.0, warmup=1, clock=clock)
+    assert found["x"].median == pytest.approx(0.2)
+    assert clock.order.count("a") == clock.order.count("b")
+    assert len(clock.order) == 2 + 2 + 5 * 6  # warm-up, calibration, and 3 rounds over both a sample
+    assert found["x"].how == "calls"
+
+
+def test_measure_keeps_its_budget() -> None:
+    clock = Clock()
+    found = measure({"a": [clock.work("a", 1000)]}, device=CPU, samples=100, seconds=4.5, warmup=1, clock=clock)
+    assert len(found["a"].samples) == 5
+
+
+def test_measure_by_the_real_clock() -> None:
+    x = torch.ones(64)
+    found = measure({"add": [lambda: x + 1]}, device=CPU, samples=4, sample_ms=0.1)
+    assert 0 < found["add"].median < 100
+
+
+@pytest.mark.parametrize(
+    ("contenders", "options", "message"),
+    [
+        ({}, {"samples": 0}, "samples=0 and warmup=3 must be at least 1"),
+        ({}, {"warmup": 0}, "warmup=0 must be at least 1"),
+        ({"a": []}, {}, "contenders='a' has no call"),
+    ],
+)
+def test_measure_refuses(contenders, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(contenders, device=CPU, **options)
+
+
+def test_percentiles() -> None:
+    timing = Timing(tuple(map(float, range(101))))
+    assert (timing.percentile(5), timing.percentile(95)) == (5.0, 95.0)
+
+
+def test_rotation_on_a_cpu() -> None:
+    assert rotation(1, CPU) == 1
+
+
+def test_relative_error() -> None:
+    exact = (torch.ones(3, dtype=torch.float64),)
+    assert relative_error(lambda: torch.tensor([1.0, 1.0, 1.5]), exact) == pytest.approx(0.5 / 3**0.5)
+    assert math.isnan(relative_error(lambda: torch.tensor([1.0, 1.0, math.nan]), exact))
+    assert math.isnan(relative_error(lambda: torch.ones(4), exact))
+    assert math.isnan(relative_error(lambda: (torch.ones(3), torch.ones(3)), exact))
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed() -> None:
+    device = torch.device("cuda")
+    x, y = torch.ones(1 << 20, device=device), torch.zeros(1 << 20, device=device)
+    found = measure({"copy": [lambda: y.copy_(x)], "item": [lambda: x[0].item()]}, device=device, samples=5)
+    assert found["copy"].how == "graph"
+    assert found["item"].how == "calls"  # reads the result back, which no graph can
+    assert rotation(1 << 20, device) == 64

@@ -11,6 +11,7 @@ from .compare import compare
 from .describe import describe
 from .doctor import doctor
 from .profile import CONTEXT, profile
+from .report import report
 
 app = typer.Typer(
     name="alexnet-kernels",
@@ -24,6 +25,7 @@ app.command()(compare)
 app.command()(describe)
 app.command()(doctor)
 app.command(context_settings=CONTEXT)(profile)
+app.command()(report)
 
 
 def _version(asked: bool) -> None:

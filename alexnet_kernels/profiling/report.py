@@ -1,0 +1,207 @@
+"""Result files as Markdown tables and figures. Nothing is measured here: what has no file is "not measured"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._files import write_atomically, write_text
+from .results import Results, Row, read_all
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NOTHING = "not measured"
+_GREEN, _RED, _GREY, _BLUE, _INK = "#2f855a", "#c53030", "#a0aec0", "#2b6cb0", "#2d3748"
+_COLOUR = {"faster": _GREEN, "slower": _RED, "tie": _GREY}
+_SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks"}
+
+
+def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
+    """The latest run of each device below ``folder`` as ``out/report.md`` with its figures; what was written, what skipped.
+
+    Raises:
+        FileNotFoundError: ``folder`` does not exist.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"results={str(folder)!r} is no folder; pytest bench --benchmark-only --result DIR makes one"
+        )
+    runs, skipped = read_all(folder)
+    latest = {run.device: run for run in runs}
+    out.mkdir(parents=True, exist_ok=True)
+    written, parts = (
+        [],
+        ["# Measured\n", "`baseline / ours`: over 1, ours is faster. A tie is a 95% interval that holds 1.\n"],
+    )
+    for run in latest.values():
+        figures = {name: figure for name, figure in figures_of(run).items() if figure is not None}
+        for name, figure in figures.items():
+            path = out / f"{run.device}-{name}.png"
+            write_atomically(path, partial(figure.savefig, dpi=130))
+            written.append(path)
+        parts.append(markdown(run, [f"{run.device}-{name}.png" for name in figures]))
+    if not latest:
+        parts.append(f"{NOTHING}: no result file in {folder}\n")
+    write_text(out / "report.md", "\n".join(parts))
+    return [out / "report.md", *written], skipped
+
+
+def markdown(run: Results, figures: Sequence[str] = ()) -> str:
+    """A run as text: what it ran on, what the device can do, then a table a section; losing rows stay."""
+    facts = ", ".join(f"{name} {value}" for name, value in run.environment.items())
+    parts = [f"## {run.device}, {run.date}\n", f"Sources {run.digest}; {facts}.\n"]
+    parts += [f"![{name}]({name})\n" for name in figures]
+    parts += ["### Ceilings\n", _ceilings(run)]
+    for section, title in _SECTIONS.items():
+        parts += [f"### {title}\n", _rows(run.section(section), images=section == "model")]
+    return "\n".join(parts)
+
+
+def _ceilings(run: Results) -> str:
+    rows = run.section("ceilings")
+    if not rows:
+        return f"{NOTHING}\n"
+    lines = ["| ceiling | ms | per second |", "|---|--:|--:|"]
+    lines += [f"| {r['case']} | {r['milliseconds']:.4g} | {r['per second']:.4g} {r['unit']} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Sequence[Row], images: bool) -> str:
+    if not rows:
+        return f"{NOTHING}\n"
+    head = ["case", "ours, ms", "best baseline, ms", "baseline / ours", "95%", "", "% floor", "% copy", "% matmul"]
+    head += ["images/s, ours"] if images else []
+    lines = ["| " + " | ".join([*head, "note"]) + " |", "|---" + "|--:" * 4 + "|---" + "|--:" * (3 + images) + "|---|"]
+    return "\n".join(lines + ["| " + " | ".join(_cells(row, images)) + " |" for row in rows]) + "\n"
+
+
+def _cells(row: Row, images: bool) -> list[str]:
+    shares = [_percent(row.get("shares", {}).get(name)) for name in ("% of floor", "% of copy", "% of matmul")]
+    sides = [f"{_time(row, side):.4g} ({row[side]})" if side in row else NOTHING for side in ("ours", "baseline")]
+    ratio = row.get("ratio")
+    middle = ["", "", ""]
+    if ratio:
+        middle = [f"{ratio['value']:.2f}", f"{ratio['low']:.2f} to {ratio['high']:.2f}", str(ratio["verdict"])]
+    cells = [str(row["case"]), *sides, *middle, *shares]
+    if images:
+        cells.append(f"{row['batch'] / _time(row, 'ours') * 1e3:,.0f}" if "ours" in row else "")
+    return [*cells, _note(row)]
+
+
+def _time(row: Row, side: str) -> float:
+    return float(row["contenders"][row[side]]["milliseconds"])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def _note(row: Row) -> str:
+    bad = [f"{name}: {entry['status']}" for name, entry in row["contenders"].items() if entry["status"] != "ok"]
+    if row.get("watched", {}).get("clock varied"):
+        bad.append("clock varied by over 3%")
+    return "; ".join(bad)
+
+
+def figures_of(run: Results) -> dict[str, Figure | None]:
+    """``"speedup"``, ``"roofline"``, ``"throughput"``; None where a figure has no rows.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    return {"speedup": _speedup(run), "roofline": _roofline(run), "throughput": _throughput(run)}
+
+
+def _new(title: str, run: Results, width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(f"{title}; {run.device}, {run.date[:10]}", x=0.01, ha="left", fontsize=11, color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_INK)
+    return figure, axes
+
+
+def _speedup(run: Results) -> Figure | None:
+    """A bar for each case of the largest batch, its 95% interval on it; left of the line the baseline is faster."""
+    rows = [row for row in run.section("layers") if "ratio" in row]
+    if not rows:
+        return None
+    batch = max(row["batch"] for row in rows)
+    rows = [row for row in rows if row["batch"] == batch][::-1]
+    figure, axes = _new(f"Times faster than the best baseline, batch {batch}", run, 9, 1.2 + 0.2 * len(rows))
+    ratios = [row["ratio"] for row in rows]
+    values = [ratio["value"] for ratio in ratios]
+    spread = [
+        [r["value"] - min(r["low"], r["value"]) for r in ratios],
+        [max(r["high"], r["value"]) - r["value"] for r in ratios],
+    ]
+    axes.barh(range(len(rows)), values, xerr=spread, color=[_COLOUR[r["verdict"]] for r in ratios], ecolor=_INK)
+    axes.set_yticks(range(len(rows)), [f"{row['unit']}, {row['pass']}, {row['track']}" for row in rows])
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.axvline(1, color=_INK, linewidth=1)
+    for i, ratio in enumerate(ratios):
+        axes.annotate(f"{ratio['value']:.2f}", (max(ratio["high"], ratio["value"]), i), (4, 0), fontsize=8,
+                      textcoords="offset points", va="center", color=_INK)  # fmt: skip
+    axes.set_xlabel("baseline / ours (green: faster, red: slower, grey: tie)", fontsize=9, color=_INK)
+    return figure
+
+
+def _roofline(run: Results) -> Figure | None:
+    """FLOP/s over FLOP/byte of ours and of the best baseline, under the measured copy and matmul of the row's track."""
+    rows = [row for row in run.section("layers") if row.get("flops") and row.get("bytes") and "ratio" in row]
+    peaks = {row["ceiling"]: row["per second"] for row in run.section("ceilings")}
+    if not rows or "copy" not in peaks:
+        return None
+    figure, axes = _new("Roofline: operations counted, bytes of each tensor once", run, 8, 5.5)
+    intensity = sorted(row["flops"] / row["bytes"] for row in rows)
+    ends = [intensity[0] / 2, intensity[-1] * 2]
+    steps = [ends[0] * (ends[1] / ends[0]) ** (i / 200) for i in range(201)]
+    for (name, peak), style in zip(_matmuls(peaks, rows), ("-", "--", ":", "-.", "-"), strict=False):
+        axes.plot(steps, [min(peak, x * peaks["copy"]) for x in steps], color=_INK, linewidth=1, linestyle=style,
+                  label=f"ceiling, {name}")  # fmt: skip
+    for side, colour, marker in (("baseline", _GREY, "o"), ("ours", _BLUE, "D")):
+        x = [row["flops"] / row["bytes"] for row in rows]
+        y = [row["flops"] / _time(row, side) * 1e3 for row in rows]
+        axes.scatter(x, y, s=18, color=colour, marker=marker, label=side, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte", fontsize=9, color=_INK)
+    axes.set_ylabel("FLOP/s", fontsize=9, color=_INK)
+    axes.grid(color="#e2e8f0", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _matmuls(peaks: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, float]]:
+    tracks = {{"amp": "bf16"}.get(row["track"], row["track"]) for row in rows}
+    return sorted((track, peaks[track]) for track in tracks if track in peaks)
+
+
+def _throughput(run: Results) -> Figure | None:
+    """Images a second against the batch: ours solid, the best baseline dashed."""
+    rows = [row for row in run.section("model") if "ratio" in row and row["unit"] == "network"]
+    if not rows:
+        return None
+    figure, axes = _new("Images a second", run, 8, 5)
+    lines: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        lines.setdefault((row["variant"], row["pass"], row["track"]), []).append(row)
+    for i, (key, points) in enumerate(lines.items()):
+        batches = [row["batch"] for row in points]
+        for side, style in (("ours", "-"), ("baseline", (0, (4, 2)))):
+            rate = [row["batch"] / _time(row, side) * 1e3 for row in points]
+            label = ", ".join(key) if side == "ours" else None
+            axes.plot(batches, rate, color=f"C{i}", linestyle=style, marker="o", markersize=4, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["batch"] for row in rows}), labels=[str(b) for b in sorted({r["batch"] for r in rows})])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("batch (solid: ours, dashed: the best baseline)", fontsize=9, color=_INK)
+    axes.grid(axis="y", color="#e2e8f0", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,100 @@
+"""What the device can do at best: matrix products, a copy in memory, reading what is in the cache.
+
+    pytest bench/test_ceilings.py --benchmark-only
+
+Every share in a result is of these, measured in the same run. Operands are random: zeros are faster, and no network has them.
+The L2 read is a lower bound, of a simple kernel that reads 16 MiB again and again and keeps a sum.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alexnet_kernels.profiling import timer
+
+from .cases import TRACKS, precision
+from .rows import watched
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIDE = 8192 if DEVICE.type == "cuda" else 512
+COPY = (4 << 30) if DEVICE.type == "cuda" else (256 << 20)
+L2_BYTES, L2_ROUNDS = 16 << 20, 32
+
+
+def _row(name: str, ceiling: str, unit: str, amount: float, call, budget) -> dict[str, object]:
+    with watched(DEVICE) as seen:
+        found = timer.measure(
+            {name: [call]},
+            device=DEVICE,
+            samples=budget.samples,
+            sample_ms=budget.sample_ms,
+            seconds=3 * budget.seconds,
+        )
+    timing = found[name]
+    row = {
+        "section": "ceilings",
+        "case": name,
+        "ceiling": ceiling,
+        "device": DEVICE.type,
+        "watched": seen,
+        "unit": unit,
+    }
+    return {
+        **row,
+        "amount": amount,
+        "milliseconds": timing.median,
+        "iqr": timing.iqr,
+        "per second": amount / timing.median * 1e3,
+        "contenders": {},
+    }
+
+
+@pytest.mark.parametrize("track", ["bf16", "tf32", "fp32"] if DEVICE.type == "cuda" else ["fp32", "bf16"])
+def test_matmul(track: str, collect, budget) -> None:
+    def measure() -> dict[str, object]:
+        with precision(track):
+            a, b = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=TRACKS[track]) for _ in range(2))
+            return _row(f"matmul {SIDE} {track}", track, "FLOP", 2.0 * SIDE**3, lambda: a @ b, budget)
+
+    collect(measure)
+
+
+def test_copy(collect, budget) -> None:
+    """Bytes read and written, of a buffer that no cache holds."""
+    source = torch.randn(COPY // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    name = f"copy {COPY >> 20} MiB"
+    collect(lambda: _row(name, "copy", "B", 2.0 * source.nbytes, lambda: target.copy_(source), budget))
+    assert torch.equal(source, target)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: a CPU's caches are a core's own")
+def test_l2_read(collect, budget) -> None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read(x, out, BLOCKS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+        lane = tl.arange(0, BLOCK)
+        total = tl.zeros((BLOCK,), tl.int32)
+        for i in tl.range(0, ROUNDS):  # each program another block in each round, so that none stays in its own cache
+            block = (tl.program_id(0) + i * 37) % BLOCKS
+            total ^= tl.load(x + block * BLOCK + lane)
+        tl.store(out + tl.program_id(0) * BLOCK + lane, total)
+
+    block = 4096
+    blocks = L2_BYTES // (4 * block)
+    x = torch.randint(-(2**31), 2**31 - 1, (blocks * block,), dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(x)
+
+    def call() -> None:
+        read[(blocks,)](x, out, blocks, L2_ROUNDS, block, num_warps=8)
+
+    call()
+    rows = x.view(blocks, block)
+    want = torch.zeros_like(rows[0])
+    for i in range(L2_ROUNDS):
+        want ^= rows[i * 37 % blocks]
+    assert torch.equal(out[:block], want)
+    collect(lambda: _row("L2 read 16 MiB", "l2", "B", float(L2_BYTES) * L2_ROUNDS, call, budget))

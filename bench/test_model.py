@@ -1,0 +1,307 @@
+"""Whole networks: inference and a training step with SGD, momentum and weight decay, against every way torch has of running them.
+
+    pytest bench/test_model.py --benchmark-only
+
+Dropout is set to 0, so that results can be checked against fp64; the learning rate too, so that each step does the same.
+"Build" and "first call" are seconds, compilation among them; compilations find an empty cache. Peak memory is torch's count of
+one call on a GPU. Two devices are two GPUs, or one device twice, and the row says which.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+from alexnet_kernels import geometry, models
+from alexnet_kernels.comparison.run import training_step
+from alexnet_kernels.comparison.stock import stock_alexnet
+from alexnet_kernels.models import TwoDeviceAlexNet
+
+from .baselines import _AUTOTUNE, _FORCED, Call
+from .cases import TRACKS, precision
+from .rows import _EPS, measure_builders
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNS = ("inference", "training")
+NETWORKS = ("paper", "torchvision")
+
+
+@dataclass(frozen=True)
+class Whole:
+    network: str
+    run: str
+    track: str
+    batch: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.network}/{self.run}/{self.track}/{self.batch}"
+
+    @property
+    def variant(self) -> geometry.Variant:
+        return geometry.variant(self.network, dropout=0.0)
+
+    @property
+    def flops(self) -> int:
+        return self.batch * self.variant.flops(training=self.run == "training")
+
+    @property
+    def bytes(self) -> int:
+        """The least a step must move when every group is one kernel; training: forward, and twice as much backward, and
+        the update of weights and momentum (each read and written)."""
+        variant, size = self.variant, TRACKS[self.track].itemsize
+        forward = sum(variant.group_bytes(group.name, self.batch, size) for group in variant.groups)
+        return forward if self.run == "inference" else 3 * forward + 4 * size * variant.parameters
+
+
+def _wholes() -> list[Whole]:
+    if DEVICE.type == "cpu":
+        cases = [("fp32", 16), ("fp32", 1), ("bf16", 1)]
+    else:
+        cases = [
+            (track, batch) for batch in (256, 128, 32, 1, 1024) for track in ("bf16", "amp", "tf32", "fp32", "fp16")
+        ]
+    return [
+        Whole(network, run, track, batch)
+        for track, batch in cases
+        for network in NETWORKS
+        for run in RUNS
+        if DEVICE.type == "cuda" or track == "fp32" or run == "inference"
+    ]
+
+
+def _weights(whole: Whole) -> dict[str, torch.Tensor]:
+    """He-initialised, so that activations keep their size through the layers and gradients mean something."""
+    model, generator = models.alexnet(whole.variant), torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        std = 0.1 if name.endswith("bias") else (2 / parameter[0].numel()) ** 0.5
+        torch.nn.init.normal_(parameter, 0.0, std, generator=generator)
+    return model.state_dict()
+
+
+def _ends(model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """Gradients of the first and the last weights: everything between them has to be right for the first."""
+    found = [p.grad for p in model.parameters()]
+    return found[0], found[-2]
+
+
+def _call(whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, body: Any = None) -> Call:
+    """``body`` runs (a compiled one, or the model itself), ``model`` has the parameters."""
+    body = body or model
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        if whole.track == "amp":
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                return body(inputs)
+        return body(inputs)
+
+    if whole.run == "inference":
+        model.eval()
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return run(x)
+
+        return forward
+    model.train()
+    step = training_step(_Runs(model, run), x, labels)
+
+    def train() -> tuple[torch.Tensor, ...]:
+        step()
+        return _ends(model)
+
+    return train
+
+
+class _Runs(torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+
+def _truth(
+    whole: Whole, weights: dict[str, torch.Tensor], x: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """In fp64, from the very values the contenders get."""
+    model = stock_alexnet(whole.variant)
+    model.load_state_dict({name: value.to(TRACKS[whole.track]) for name, value in weights.items()})
+    model = model.to(DEVICE, torch.float64)
+    if whole.run == "inference":
+        with torch.no_grad():
+            return (model.eval()(x.double()),)
+    TF.cross_entropy(model.train()(x.double()), labels).backward()
+    return _ends(model)
+
+
+def _builders(
+    whole: Whole, weights: dict[str, torch.Tensor], x: torch.Tensor, labels: torch.Tensor, budget
+) -> dict[str, Callable[[], list[Call]]]:
+    def make(new: Callable[..., torch.nn.Module], layout: str, options: dict[str, Any] | None = None) -> list[Call]:
+        model = new(whole.variant)
+        model.load_state_dict(weights)
+        kind = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        model = model.to(DEVICE, TRACKS[whole.track], memory_format=kind)
+        body = None
+        if options is not None:
+            body = torch.compile(model, dynamic=False, options=options or None)
+        return [_call(whole, model, x.contiguous(memory_format=kind), labels, body)]
+
+    def theirs(variant: geometry.Variant) -> torch.nn.Module:
+        import torchvision
+
+        model = torchvision.models.alexnet(num_classes=variant.num_classes)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    ours, stock = models.alexnet, stock_alexnet
+    found: dict[str, Callable[[], list[Call]]] = {
+        "ours nchw": lambda: make(ours, "nchw"),
+        "ours channels_last": lambda: make(ours, "channels_last"),
+        "eager nchw": lambda: make(stock, "nchw"),
+        "eager channels_last": lambda: make(stock, "channels_last"),
+    }
+    if whole.network == "torchvision":
+        found["torchvision.models.alexnet"] = lambda: make(theirs, "nchw")
+    first = whole.track == "bf16" and whole.batch == 256
+    if DEVICE.type == "cuda" and (budget.compiled == "all" or (first and budget.compiled == "first")):
+        found |= {
+            "compile nchw": lambda: make(stock, "nchw", {}),
+            "compile channels_last": lambda: make(stock, "channels_last", _FORCED),
+        }
+        if budget.autotune:
+            found["max-autotune channels_last"] = lambda: make(stock, "channels_last", {**_AUTOTUNE, **_FORCED})
+    return found
+
+
+def _inputs(whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scale = 60.0 if whole.network == "paper" else 1.0
+    x = torch.randn(whole.batch, 3, *whole.variant.input_size, generator=generator) * scale
+    labels = torch.randint(1000, (whole.batch,), generator=generator)
+    return x.to(DEVICE, TRACKS[whole.track]), labels.to(DEVICE)
+
+
+def _tolerance(whole: Whole) -> float:
+    """Errors of eight layers. In training a rounding can move a gradient to another place, which the first layer's gradient
+    feels even in fp32: torch's own two layouts were seen half a percent apart."""
+    return max(0.02, 3 * _EPS[whole.track] ** 0.5) if whole.run == "training" else 32 * _EPS[whole.track] + 1e-5
+
+
+def _row(whole: Whole, unit: str) -> dict[str, Any]:
+    return {
+        "section": "model",
+        "case": whole.id if unit == "network" else f"{whole.id}/{unit}",
+        "variant": whole.network,
+        "unit": unit,
+        "kind": "network",
+        "pass": whole.run,
+        "track": whole.track,
+        "batch": whole.batch,
+        "device": DEVICE.type,
+        "flops": whole.flops,
+        "bytes": whole.bytes,
+        "contenders": {},
+        "left out": {},
+    }
+
+
+def _peak_memory(builders: dict[str, Callable[[], list[Call]]], row: dict[str, Any]) -> None:
+    """MiB above what was there before, of building each contender anew and calling it twice."""
+    if DEVICE.type != "cuda":
+        return
+    for name, build in builders.items():
+        entry = row["contenders"][name]
+        if entry["status"] != "ok" or name.startswith(("compile", "max-autotune")):
+            continue  # a second compilation would cost more than it tells
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        (call,) = build()
+        call()
+        call()
+        entry["peak MiB"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+        del call
+
+
+@pytest.mark.parametrize("whole", _wholes(), ids=lambda whole: whole.id)
+def test_network(whole: Whole, collect, budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure() -> dict[str, Any]:
+        row = _row(whole, "network")
+        with precision(whole.track):
+            weights, (x, labels) = _weights(whole), _inputs(whole)
+            builders = _builders(whole, weights, x, labels, budget)
+            exact = _truth(whole, weights, x, labels)
+            measure_builders(row, builders, exact, _tolerance(whole), DEVICE, **_limits(budget))
+            _peak_memory(builders, row)
+        return row
+
+    with tempfile.TemporaryDirectory() as cache:  # so that compile times are those of an empty cache
+        if DEVICE.type == "cuda":
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+        row = collect(measure)
+    ours = {name: entry for name, entry in row["contenders"].items() if name.startswith("ours")}
+    assert all(entry["status"] == "ok" for entry in ours.values()), ours
+
+
+def _limits(budget) -> dict[str, Any]:
+    return {"seconds": 2 * budget.seconds, "samples": budget.samples, "sample_ms": budget.sample_ms}
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("batch", [128] if DEVICE.type == "cuda" else [16])
+def test_two_devices(run: str, batch: int, collect, budget) -> None:
+    """The paper's network in two towers, against itself on one device: on one device twice it can only lose."""
+    whole = Whole("paper", run, "fp32", batch)
+    devices = (
+        tuple(torch.device("cuda", i % torch.cuda.device_count()) for i in range(2))
+        if DEVICE.type == "cuda"
+        else (DEVICE,) * 2
+    )
+
+    def measure() -> dict[str, Any]:
+        row = _row(whole, "two devices") | {"devices": [str(d) for d in devices]}
+        with precision(whole.track):
+            weights, (x, labels) = _weights(whole), _inputs(whole)
+
+            def one() -> models.AlexNet:
+                model = models.alexnet(whole.variant)
+                model.load_state_dict(weights)
+                return model.to(DEVICE)
+
+            def two() -> list[Call]:
+                model = TwoDeviceAlexNet.from_one_device(one(), devices=devices)
+                if run == "inference":
+                    return [_call(whole, model, x, labels)]
+                step = training_step(model.train(), x, labels)
+                last = next(p for p in model.parameters() if p.dim() == 2 and p.shape[0] == whole.variant.num_classes)
+
+                def train() -> torch.Tensor:
+                    step()
+                    return last.grad
+
+                return [train]
+
+            builders = {"ours two devices": two, "one device": lambda: [_one(one())]}
+
+            def _one(model: models.AlexNet) -> Call:
+                call = _call(whole, model, x, labels)
+                return call if run == "inference" else lambda: call()[1]
+
+            exact = _truth(whole, weights, x, labels)[-1:]
+            measure_builders(row, builders, exact, _tolerance(whole), DEVICE, **_limits(budget))
+        return row
+
+    row = collect(measure)
+    assert all(math.isfinite(c.get("error", math.nan)) for c in row["contenders"].values()), row["contenders"]

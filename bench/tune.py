@@ -1,0 +1,398 @@
+"""``make tune``: the fastest block and number of warps for each kernel of ``kernels/lrn.py`` on this GPU.
+
+    python -m bench.tune [--budget SECONDS] [--dry-run] [--work DIR]
+
+1. Every candidate is compiled, in parallel processes, for this GPU's architecture.
+2. One that spills, or needs more shared memory or registers than there are, is dropped before anything runs.
+3. The rest are checked against fp64 and timed, taking turns, on the network's own shapes; the smallest geometric mean wins.
+
+What was compiled and timed is kept in DIR after each step, so that a second run goes on where the first ended; a change of
+the kernels' sources, of the GPU or of the compiler begins anew. Kernels that nobody got to keep their built-in
+configurations. Exits 0, 1 when no kernel could be tuned, 3 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_kernels import geometry
+from alexnet_kernels._files import write_text
+from alexnet_kernels.kernels import _launch, lrn
+
+BATCH = 256
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # a block may ask for
+REGISTERS = 65_536  # of a multiprocessor
+# In order of importance: layouts that the networks run in first, the form for unusual windows last.
+BLOCKS = {
+    "vector_forward": (64, 128, 256, 512),
+    "vector_backward": (64, 128, 256),
+    "ring_forward": (64, 128, 256),
+    "ring_backward": (64, 128, 256),
+    "general_forward": (256, 512, 1024),
+    "general_backward": (128, 256, 512),
+}
+WARPS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    kernel: str
+    config: _launch.Config
+
+    @property
+    def id(self) -> str:
+        return f"{self.kernel} block {self.config.block} warps {self.config.num_warps}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a candidate: the worst over its cases."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    error: str = ""
+
+
+def candidates() -> tuple[Candidate, ...]:
+    """All of them, the built-in configuration of each kernel first."""
+    found: list[Candidate] = []
+    for kernel, blocks in BLOCKS.items():
+        default = lrn.CONFIGS[kernel]
+        grid = [_launch.Config(block, warps) for block in blocks for warps in WARPS]
+        found += [Candidate(kernel, c) for c in (default, *(c for c in grid if c != default))]
+    return tuple(found)
+
+
+def cases(kernel: str, device: str = "meta") -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]]:
+    """Tensors and the other arguments of ``lrn.plan`` for the network's LRNs, in bf16 and fp32, in the kernel's layout."""
+    form, direction = kernel.split("_")
+    for facts in geometry.variant("paper").layers:
+        if not isinstance(facts.op, geometry.LRN):
+            continue
+        op = facts.op
+        scale = op.alpha / (op.size if op.alpha_mode == "mean" else 1)
+        for dtype in (torch.bfloat16, torch.float32):
+            layout = torch.channels_last if form == "vector" else torch.contiguous_format
+            shape = (BATCH, *facts.input)
+            if device == "meta":
+                x = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
+            else:
+                x = (torch.randn(shape, device=device).relu_() * 20).to(dtype).contiguous(memory_format=layout)
+            size = 4 if form == "general" else op.size  # an even window is what only the general form takes
+            count = 2 if direction == "forward" else 3
+            yield (x,) * count, (size, scale, op.beta, op.k, op.groups)
+
+
+def plans(candidate: Candidate) -> list[_launch.Launch]:
+    """The candidate's launches, planned on tensors without memory."""
+    with _instead(candidate):
+        return [lrn.plan(tensors, *arguments) for tensors, arguments in cases(candidate.kernel)]
+
+
+class _instead:
+    """The candidate's configuration in place of the built-in and the tuned one."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+
+    def __enter__(self) -> None:
+        name = self.candidate.kernel
+        self.before, self.tuned = lrn.CONFIGS[name], lrn.tuned
+        lrn.CONFIGS[name] = self.candidate.config
+        lrn.tuned = lambda family, device: {}  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        lrn.CONFIGS[self.candidate.kernel], lrn.tuned = self.before, self.tuned
+
+
+# ------------------------------------------------------------------------------------------------------------- compiling
+
+
+def compile_candidate(candidate: Candidate, arch: int) -> Compiled:
+    """For an architecture that need not be here; runs in a process of its own."""
+    worst = Compiled(0, 0, 0)
+    try:
+        for launch in plans(candidate):
+            one = _compile(launch, arch)
+            worst = Compiled(*(max(a, b) for a, b in zip(_numbers(worst), _numbers(one), strict=True)))
+    except Exception as error:
+        return Compiled(0, 0, 0, f"{type(error).__name__}: {str(error)[:200]}")
+    return worst
+
+
+def _numbers(compiled: Compiled) -> tuple[int, int, int]:
+    return compiled.registers, compiled.spill_bytes, compiled.shared_bytes
+
+
+def _compile(launch: _launch.Launch, arch: int) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    names = launch.kernel.arg_names
+    signature, constants = dict.fromkeys(names, "constexpr"), dict(launch.constants)
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if isinstance(value, int) and value == 1:  # Triton makes a constant of it
+            constants[name] = 1
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = types[value.dtype]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+        else:
+            signature[name] = "fp32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
+
+
+def compile_all(
+    work: Iterable[Candidate], arch: int, seconds: float, workers: int | None = None
+) -> Iterator[tuple[Candidate, Compiled]]:
+    """Candidates as they are done, on all cores; those that ``seconds`` do not suffice for are not begun."""
+    deadline = time.monotonic() + seconds
+    context = multiprocessing.get_context("spawn")
+    environment = os.environ.pop("TRITON_INTERPRET", None)  # an interpreted function cannot be compiled
+    pool = concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context)
+    try:
+        futures = {pool.submit(compile_candidate, candidate, arch): candidate for candidate in work}
+        for future in concurrent.futures.as_completed(futures, timeout=max(0.0, deadline - time.monotonic())):
+            yield futures[future], future.result()
+    except concurrent.futures.TimeoutError:
+        return
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+def why_pruned(candidate: Candidate, compiled: Compiled, arch: int) -> str | None:
+    """Why a candidate is not worth running, by what the compiler says alone."""
+    if compiled.error:
+        return f"does not compile: {compiled.error}"
+    if compiled.spill_bytes:
+        return f"spills {compiled.spill_bytes} bytes"
+    limit = SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
+    if compiled.shared_bytes > limit:
+        return f"needs {compiled.shared_bytes} bytes of shared memory, {limit} are allowed"
+    registers = compiled.registers * 32 * candidate.config.num_warps
+    if registers > REGISTERS:
+        return f"needs {registers} registers, a multiprocessor has {REGISTERS}"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- running
+
+
+def run_kernel(kernel: str, chosen: list[Candidate]) -> dict[str, float | str]:
+    """Candidates of one kernel by id: milliseconds, the geometric mean over the cases, or what is wrong with them."""
+    from alexnet_kernels import reference
+    from alexnet_kernels.profiling.timer import measure
+
+    device = torch.device("cuda")
+    logs: dict[str, list[float]] = {c.id: [] for c in chosen}
+    wrong: dict[str, str] = {}
+    for tensors, arguments in cases(kernel, "cuda"):
+        x, backward = tensors[0], len(tensors) == 3
+        inputs = (torch.randn_like(x), x) if backward else (x,)
+        exact = tuple(t[:2].double() for t in inputs)
+        truth = (reference.lrn_backward if backward else reference.lrn)(*exact, *arguments)
+        out = torch.empty_like(x)
+        calls: dict[str, list[Callable[[], object]]] = {}
+        for candidate in chosen:
+            with _instead(candidate):
+                launch = lrn.plan((*inputs, out), *arguments)
+            try:
+                out.fill_(math.nan)
+                _launch.run(launch)
+                error = float((out[:2].double() - truth).norm() / truth.norm())
+            except Exception as failure:
+                wrong[candidate.id] = f"{type(failure).__name__}: {str(failure)[:200]}"
+                continue
+            if not error < 4 * torch.finfo(x.dtype).eps:
+                wrong[candidate.id] = f"wrong: relative error {error:.2e} in {x.dtype}"
+                continue
+            calls[candidate.id] = [lambda launch=launch: _launch.run(launch)]
+        if not calls:
+            break
+        for name, timing in measure(calls, device=device, samples=50).items():
+            logs[name].append(math.log(timing.median))
+    return {c.id: wrong[c.id] if c.id in wrong else math.exp(sum(logs[c.id]) / len(logs[c.id])) for c in chosen}
+
+
+# ---------------------------------------------------------------------------------------------------------------- tuning
+
+
+def sources_digest() -> str:
+    """Of the kernels' sources and the compiler: what was found with others does not count."""
+    import triton
+
+    folder = Path(lrn.__file__).parent
+    text = triton.__version__.encode() + b"".join(
+        (folder / n).read_bytes() for n in ("lrn.py", "_response.py", "_launch.py", "_tile.py")
+    )
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+@dataclass
+class State:
+    """What is known so far, kept on disk."""
+
+    path: Path
+    digest: str
+    gpu: str
+    compiled: dict[str, dict[str, Any]]
+    timed: dict[str, float | str]
+
+    @classmethod
+    def load(cls, path: Path, digest: str, gpu: str) -> State:
+        fresh = cls(path, digest, gpu, {}, {})
+        if not path.exists():
+            return fresh
+        try:
+            found = json.loads(path.read_text())
+            if (found["digest"], found["gpu"]) != (digest, gpu):
+                print(f"{path}: of other sources or another GPU, begun anew")
+                return fresh
+            return cls(path, digest, gpu, dict(found["compiled"]), dict(found["timed"]))
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path} is not a tuning state ({error}), begun anew")
+            return fresh
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, json.dumps({**asdict(self), "path": self.path.name}, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    kernels: dict[str, _launch.Config]
+    pruned: dict[str, str]
+    left_out: tuple[str, ...]
+
+
+def tune(
+    state: State,
+    arch: int,
+    budget: float,
+    *,
+    work: tuple[Candidate, ...] | None = None,
+    compiler: Callable[[list[Candidate], int, float], Iterable[tuple[Candidate, Compiled]]] = compile_all,
+    runner: Callable[[str, list[Candidate]], Mapping[str, float | str]] = run_kernel,
+    clock: Callable[[], float] = time.monotonic,
+) -> Tuned:
+    """Compile, prune, run and choose, within ``budget`` seconds, of which compiling may take 60 %."""
+    work = candidates() if work is None else work
+    begin = clock()
+    missing = [c for c in work if c.id not in state.compiled]
+    for candidate, compiled in compiler(missing, arch, 0.6 * budget) if missing else ():
+        state.compiled[candidate.id] = asdict(compiled)
+        state.save()
+    pruned: dict[str, str] = {}
+    left_out = [f"{c.id}: not compiled" for c in work if c.id not in state.compiled]
+    chosen: dict[str, _launch.Config] = {}
+    for kernel in dict.fromkeys(c.kernel for c in work):
+        known = [c for c in work if c.kernel == kernel and c.id in state.compiled]
+        reasons = {c.id: why_pruned(c, Compiled(**state.compiled[c.id]), arch) for c in known}
+        pruned |= {name: why for name, why in reasons.items() if why}
+        alive = [c for c in known if reasons[c.id] is None]
+        if any(c.id not in state.timed for c in alive):
+            if clock() - begin >= budget:
+                left_out.append(f"{kernel}: not timed")
+                continue
+            try:
+                state.timed.update(runner(kernel, alive))
+            except Exception as error:
+                left_out.append(f"{kernel}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            state.save()
+        pruned |= {c.id: str(state.timed[c.id]) for c in alive if isinstance(state.timed[c.id], str)}
+        right = [c for c in alive if not isinstance(state.timed[c.id], str)]
+        if right:
+            chosen[kernel] = min(right, key=lambda c: float(state.timed[c.id])).config
+    return Tuned(chosen, pruned, tuple(left_out))
+
+
+def table(tuned: Tuned, state: State) -> dict[str, Any]:
+    """What ``kernels/_launch.py`` reads, and beside it the measurement that it rests on."""
+    return {
+        "schema": 1,
+        "gpu": state.gpu,
+        "digest": state.digest,
+        "torch": torch.__version__,
+        "kernels": {"lrn": {kernel: asdict(config) for kernel, config in tuned.kernels.items()}},
+        "milliseconds": {name: value for name, value in state.timed.items() if not isinstance(value, str)},
+        "pruned": tuned.pruned,
+        "left out": list(tuned.left_out),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--budget", type=float, default=float(os.environ.get("TUNE_SECONDS", 480)), help="seconds")
+    parser.add_argument("--work", type=Path, default=Path("bench/out"), help="where the unfinished state is kept")
+    parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
+    arguments = parser.parse_args(argv)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    target = _launch.table_of(gpu) if gpu else _launch.table_of("<gpu>").with_name("<gpu>.json")
+    if arguments.dry_run:
+        work = candidates()
+        print(f"budget {arguments.budget:.0f} s, {os.cpu_count()} processes compile, sources {sources_digest()}")
+        for kernel in BLOCKS:
+            mine = [c for c in work if c.kernel == kernel]
+            print(f"{kernel:18} {len(mine):3} candidates  {', '.join(c.id.split(' ', 1)[1] for c in mine)}")
+        print(f"state   {arguments.work / 'tune.json'}\nwrites  {target}")
+        return 0
+    if gpu is None:
+        print("no CUDA device is visible: nothing to tune")
+        return 3
+    arch = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
+    state = State.load(arguments.work / "tune.json", sources_digest(), gpu)
+    tuned = tune(state, arch, arguments.budget)
+    for name, why in tuned.pruned.items():
+        print(f"pruned    {name}: {why}")
+    for line in tuned.left_out:
+        print(f"left out  {line}")
+    if not tuned.kernels:
+        print("no kernel could be tuned: nothing is written")
+        return 1
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, json.dumps(table(tuned, state), indent=1) + "\n")
+    for kernel, config in tuned.kernels.items():
+        before = lrn.CONFIGS[kernel]
+        name, default = Candidate(kernel, config).id, Candidate(kernel, before).id
+        print(f"{name:44} {state.timed[name]:.4f} ms, built-in {state.timed.get(default, 'not measured')}")
+    print(f"wrote {target}; what was left out can be had by running this again")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

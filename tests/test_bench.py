@@ -1,0 +1,374 @@
+"""The benchmarks themselves, without a GPU: what would run, what is counted, who is compared with, how tuning ends."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_kernels import geometry
+from alexnet_kernels.kernels import _launch
+from alexnet_kernels.profiling.timer import relative_error
+from bench import baselines, cudnn, gpu, rows, tune
+from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def unit(name: str, variant: str | geometry.Variant = "paper") -> Unit:
+    return next(u for u in units(variant) if u.name == name)
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def test_units_of_the_paper() -> None:
+    names = [u.name for u in units("paper")]
+    assert names[:5] == ["conv1+relu1", "norm1", "norm1+pool1", "pool1", "conv1 group"]
+    assert names[-3:] == ["fc6+relu6", "fc7+relu7", "fc8"]
+    assert len(names) == len(set(names))
+    assert {u.kind for u in units("paper")} >= {"conv+relu", "lrn", "pool", "lrn+pool", "linear+relu", "linear"}
+
+
+@pytest.mark.parametrize("name", geometry.VARIANTS)
+def test_counts_equal_geometry(name: str) -> None:
+    variant, batch = geometry.variant(name), 3
+    weighted = [u for u in units(name) if any(f.macs for f in u.facts) and "group" not in u.name]
+    forward = sum(Problem(u, "forward", "fp32", batch).flops for u in weighted)
+    backward = sum(Problem(u, "backward", "fp32", batch).flops for u in weighted)
+    assert forward == batch * variant.flops()
+    assert forward + backward == batch * variant.flops(training=True)
+    for u in units(name):
+        if u.facts == variant.facts(u.facts[0].group):
+            assert Problem(u, "forward", "bf16", batch).bytes == variant.group_bytes(u.facts[0].group, batch, 2)
+
+
+def test_backward_bytes() -> None:
+    pool = Problem(unit("pool1"), "backward", "bf16", 2)
+    small, large = 96 * 27 * 27, 96 * 55 * 55
+    assert pool.bytes == 2 * (2 * small + small + 2 * large)
+    conv = Problem(unit("conv1+relu1"), "backward", "fp32", 1)
+    assert conv.bytes == 4 * (96 * 55 * 55 + 3 * 227 * 227 + 2 * (96 * 363 + 96))
+
+
+def test_inputs_are_the_same_and_half_zero() -> None:
+    problem = Problem(unit("conv5+relu5"), "forward", "bf16", 1)
+    a, b = tensors(problem), tensors(problem)
+    assert torch.equal(a.x, b.x)
+    assert all(torch.equal(v, w) for v, w in zip(a.weights, b.weights, strict=True))
+    assert a.x.dtype == torch.bfloat16
+    assert 0.45 < float((a.x == 0).float().mean()) < 0.55
+    first = tensors(Problem(unit("conv1+relu1"), "forward", "fp32", 1))
+    assert float((first.x == 0).float().mean()) < 0.01
+    assert float(a.weights[0].float().std()) == pytest.approx((2 / a.weights[0][0].numel()) ** 0.5, rel=0.05)
+
+
+def test_precision_sets_and_restores() -> None:
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    for track in TRACKS:
+        with precision(track):
+            assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is (track == "tf32")
+            assert torch.backends.cudnn.benchmark
+    after = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+    assert after == before
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+
+def names(problem: Problem, **options: bool) -> set[str]:
+    return {c.name for c in baselines.contenders(problem, **options)[0]}
+
+
+def test_who_is_compared_with_on_a_gpu() -> None:
+    conv = names(Problem(unit("conv2+relu2"), "forward", "bf16", 256, "cuda"))
+    assert conv >= {"eager nchw", "eager channels_last", "eager split towers nchw", "compile split towers"}
+    assert conv >= {"cudnn_convolution_relu nchw", "max-autotune nchw", "max-autotune channels_last"}
+    assert not any("LRN" in name or "pooling" in name for name in conv)
+    lrn = names(Problem(unit("norm1"), "backward", "bf16", 256, "cuda"))
+    assert "cuDNN LRN nchw" in lrn
+    assert "cuDNN LRN channels_last" not in lrn  # towers as images
+    assert "cuDNN LRN channels_last" in names(Problem(unit("norm1", "caffe"), "forward", "fp32", 1, "cuda"))
+    assert "cuDNN pooling channels_last" in names(Problem(unit("pool2"), "backward", "fp16", 1, "cuda"))
+    assert not any(
+        "cuDNN" in name or "cudnn" in name for name in names(Problem(unit("pool2"), "forward", "amp", 1, "cuda"))
+    )
+    assert names(Problem(unit("fc8"), "forward", "bf16", 1, "cuda")).isdisjoint(
+        {"eager channels_last", "ours channels_last"}
+    )
+
+
+def test_who_is_left_out_says_why() -> None:
+    problem = Problem(unit("conv3+relu3"), "backward", "fp32", 16)
+    found, left_out = baselines.contenders(problem)
+    assert {c.name for c in found} == {"ours nchw", "ours channels_last", "eager nchw", "eager channels_last"}
+    assert len(found) + len(left_out) == len(baselines.OURS) + len(baselines.BASELINES)
+    assert left_out["eager split towers nchw"] == "no grouped convolution"
+    assert left_out["cudnn_convolution_relu nchw"] == "has no backward"
+    on_gpu = Problem(unit("norm1"), "forward", "fp32", 16, "cuda")
+    assert not any(n.startswith("max-autotune") for n in names(on_gpu, autotune=False))
+    assert not any(n.startswith(("compile", "max")) for n in names(on_gpu, compiled=False))
+
+
+@pytest.mark.parametrize("name", ["conv1+relu1", "norm1", "norm1+pool1", "pool1", "conv2 group", "fc6+relu6", "fc8"])
+@pytest.mark.parametrize("run", PASSES)
+def test_contenders_are_right(name: str, run: str) -> None:
+    problem = Problem(unit(name, "tiny"), run, "fp32", 2)
+    data = tensors(problem)
+    exact = baselines.truth(problem, data)
+    for contender in baselines.contenders(problem, compiled=False)[0]:
+        call = contender.build(problem, data.copy())
+        assert relative_error(call, exact) < rows.tolerance(problem), contender.name
+        assert relative_error(call, exact) < rows.tolerance(problem), f"{contender.name}, second call"
+
+
+def test_a_wrong_contender_is_refused() -> None:
+    exact = (torch.ones(100, dtype=torch.float64),)
+    builders = {
+        "ours nchw": lambda: [lambda: torch.ones(100)],
+        "eager nchw": lambda: [lambda: torch.ones(100) * 1.01],
+        "compile nchw": lambda: [drifting([torch.ones(100)] * 3 + [torch.zeros(100)])],
+        "cuDNN": lambda: 1 / 0,
+    }
+    row = {"contenders": {}}
+    limits = {"seconds": 1.0, "samples": 5, "sample_ms": 0.01}
+    rows.measure_builders(row, builders, exact, 1e-3, torch.device("cpu"), **limits)
+    states = {name: entry["status"] for name, entry in row["contenders"].items()}
+    assert states == {"ours nchw": "ok", "eager nchw": "wrong", "compile nchw": "wrong", "cuDNN": "failed"}
+    assert [n for n, entry in row["contenders"].items() if "milliseconds" in entry] == ["ours nchw"]
+    assert "baseline" not in row
+    assert "ratio" not in row
+
+
+def drifting(results: list[torch.Tensor]):
+    """Right at first, wrong for good once it is warm."""
+    return lambda: results.pop(0) if len(results) > 1 else results[0]
+
+
+def test_cudnn_symbols() -> None:
+    try:
+        library = cudnn.library()
+    except cudnn.CudnnError as error:
+        pytest.skip(str(error))
+    assert library.cudnnGetVersion() >= 90000
+    for name, arguments in cudnn.SIGNATURES.items():
+        assert getattr(library, name).argtypes == arguments
+    counts = {"cudnnLRNCrossChannelForward": 9, "cudnnLRNCrossChannelBackward": 13}
+    counts |= {"cudnnPoolingForward": 8, "cudnnPoolingBackward": 12, "cudnnSetTensor4dDescriptorEx": 10}
+    assert {name: len(cudnn.SIGNATURES[name]) for name in counts} == counts  # of cudnn_ops.h
+
+
+def test_cudnn_descriptors() -> None:
+    try:
+        cudnn.library()
+    except cudnn.CudnnError as error:
+        pytest.skip(str(error))
+    cudnn._tensor(torch.empty(2, 8, 5, 5).to(memory_format=torch.channels_last))
+    cudnn._Descriptor("LRN", "cudnnSetLRNDescriptor", 5, 1e-4, 0.75, 2.0)
+    with pytest.raises(cudnn.CudnnError, match="cudnnSetLRNDescriptor"):
+        cudnn._Descriptor("LRN", "cudnnSetLRNDescriptor", 99, 1e-4, 0.75, 2.0)
+
+
+def test_problems_of_the_cpu() -> None:
+    found = problems("cpu")
+    assert {p.batch for p in found} == {1, 16}
+    assert {p.track for p in found} == {"fp32", "bf16"}
+    assert not any("max-autotune" in n for p in found for n in names(p))
+    assert problems("cuda")[0].batch == 256
+
+
+# ------------------------------------------------------------------------------------------------------------ make gpu
+
+
+def test_dry_run_lists_every_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPU_DRY_RUN", "1")
+    assert gpu.main(["--profile", "full"]) == 0
+    out = capsys.readouterr().out
+    for step in gpu.STEPS:
+        assert f"{step.name:10} {step.seconds['full']:5.0f} s  {step.what}" in out
+    assert all(name in out for name in gpu.FILES)
+
+
+@pytest.mark.parametrize(("profile", "limit"), [("quick", 240), ("full", 540)])
+def test_steps_fit_their_profile(profile: str, limit: float) -> None:
+    assert sum(step.seconds[profile] for step in gpu.STEPS) <= gpu.PROFILES[profile] < limit
+
+
+@no_gpu
+def test_no_gpu_exits_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 3
+    assert tune.main(["--work", str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().out.count("\n") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def _steps(*names: str) -> list[tuple[gpu.Step, float]]:
+    return [(gpu.Step(n, n, {"quick": 10.0}, lambda job, n=n: [[n]]), 10.0) for n in names]
+
+
+def test_a_failing_step_does_not_stop_the_rest(tmp_path: Path) -> None:
+    now, seen = [0.0], []
+
+    def execute(command: list[str], environment: dict[str, str], seconds: float, log: object) -> tuple[int | None, str]:
+        seen.append((command[0], seconds))
+        now[0] += {"fails": 2.0, "hangs": seconds}.get(command[0], 1.0)
+        (tmp_path / f"{command[0]}.jsonl").write_text('{"case": 1}\n{"cut o')
+        return {"fails": 1, "hangs": None}.get(command[0], 0), "last line"
+
+    def job(step: gpu.Step, seconds: float) -> gpu.Job:
+        return gpu.Job("quick", seconds, tmp_path, tmp_path, tmp_path / f"{step.name}.jsonl")
+
+    planned = [*_steps("good", "fails", "hangs", "late"), (_steps("never")[0][0], 0.0)]
+    done = gpu.run_steps(planned, 33.0, job, io.StringIO(), lambda _: None, execute=execute, clock=lambda: now[0])
+    assert [(d.step, d.status) for d in done] == [
+        ("good", "passed"),
+        ("fails", "failed"),
+        ("hangs", "stopped"),
+        ("late", "left out"),
+        ("never", "left out"),
+    ]
+    assert seen == [("good", 10.0), ("fails", 19.0), ("hangs", 27.0)]  # what a step leaves, the next may use
+    assert done[1].rows == [{"case": 1}]
+    assert "no time" in done[3].reason
+
+
+def test_a_small_budget_takes_the_most_important() -> None:
+    planned = gpu.plan(gpu.STEPS, "full", 120.0)
+    assert [own for _, own in planned] == [110.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("code", ["print('hello'); raise SystemExit(3)", "import time; time.sleep(60)"])
+def test_run_command(code: str, tmp_path: Path) -> None:
+    import sys
+
+    with (tmp_path / "log").open("w+") as log:
+        status, last = gpu.run_command([sys.executable, "-c", code], {}, 5.0 if "hello" in code else 0.5, log)
+    assert (status, last) == ((3, "hello") if "hello" in code else (None, last))
+
+
+def test_summary_keeps_losing_rows_and_wrong_contenders() -> None:
+    ok = {"status": "ok", "milliseconds": 2.0}
+    row = {
+        "section": "layers", "case": "a", "track": "fp32", "flops": 10, "bytes": 10,
+        "contenders": {"ours nchw": ok, "eager nchw": {**ok, "milliseconds": 1.0}, "compile nchw": {"status": "wrong"}},
+        "ours": "ours nchw", "baseline": "eager nchw",
+        "ratio": {"value": 0.5, "low": 0.4, "high": 0.6, "verdict": "slower"},
+    }  # fmt: skip
+    text = rows.summary([row])
+    assert "0.50x" in text
+    assert "compile nchw wrong" in text
+    assert rows.against_ceilings(row, {}) == {"of": "ours nchw"}
+    assert rows.against_ceilings(row, {"fp32": 10_000.0, "copy": 20_000.0})["% of floor"] == pytest.approx(50)
+
+
+def test_a_result_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows.publish([], tmp_path) is None
+    written = rows.publish([{"section": "ceilings", "case": "copy", "ceiling": "copy", "per second": 1.0}], tmp_path)
+    assert rows.digest() in written.name
+    assert list(tmp_path.rglob("*.json")) == [written]
+
+
+# ----------------------------------------------------------------------------------------------------------- make tune
+
+
+def _fakes(log: list[str]) -> tuple[Callable, Callable]:
+    def compiler(work, arch, seconds):
+        for candidate in work:
+            log.append(f"compile {candidate.id}")
+            spills = 8 if candidate.config.block == 512 else 0
+            shared = 10**6 if candidate.config.num_warps == 8 else 0
+            yield candidate, tune.Compiled(40, spills, shared)
+
+    def runner(kernel, chosen):
+        log.append(f"run {kernel}: {', '.join(c.id for c in chosen)}")
+        assert all(c.config.block != 512 and c.config.num_warps != 8 for c in chosen)
+        return {
+            c.id: "wrong: far off" if c.config.block == 64 else 1.0 + c.config.block + c.config.num_warps
+            for c in chosen
+        }
+
+    return compiler, runner
+
+
+def test_tune_prunes_and_resumes(tmp_path: Path) -> None:
+    work = tuple(c for c in tune.candidates() if c.kernel.startswith("vector"))
+    path, log = tmp_path / "tune.json", list[str]()
+    compiler, runner = _fakes(log)
+    state = tune.State.load(path, "d", "card")
+    found = tune.tune(state, 90, 100.0, work=work, compiler=compiler, runner=runner)
+    assert found.kernels == {k: _launch.Config(128, 2) for k in ("vector_forward", "vector_backward")}
+    assert "spills 8 bytes" in found.pruned["vector_forward block 512 warps 2"]
+    assert "shared memory" in found.pruned["vector_forward block 128 warps 8"]
+    assert "wrong" in found.pruned["vector_forward block 64 warps 2"]
+    assert tune.table(found, state)["kernels"]["lrn"]["vector_forward"] == {"block": 128, "num_warps": 2}
+
+    log.clear()
+    again = tune.tune(tune.State.load(path, "d", "card"), 90, 100.0, work=work, compiler=compiler, runner=runner)
+    assert again == found
+    assert log == []
+    assert tune.State.load(path, "other sources", "card").compiled == {}
+    path.write_text("{")
+    assert tune.State.load(path, "d", "card").timed == {}
+
+
+def test_tune_keeps_its_budget(tmp_path: Path) -> None:
+    work, now = tuple(c for c in tune.candidates() if c.config.block == 128 and "forward" in c.kernel), [0.0]
+    compiler, runner = _fakes([])
+
+    def slow(kernel, chosen):
+        now[0] += 60.0
+        return runner(kernel, chosen)
+
+    state = tune.State.load(tmp_path / "s.json", "d", "card")
+    found = tune.tune(state, 90, 50.0, work=work, compiler=compiler, runner=slow, clock=lambda: now[0])
+    assert set(found.kernels) == {"vector_forward"}
+    assert found.left_out == ("ring_forward: not timed",)
+
+
+def test_registers_prune() -> None:
+    candidate = tune.Candidate("vector_forward", _launch.Config(128, 16))
+    assert "registers" in (tune.why_pruned(candidate, tune.Compiled(200, 0, 0), 90) or "")
+    assert tune.why_pruned(candidate, tune.Compiled(0, 0, 0, "ValueError: x"), 90) == "does not compile: ValueError: x"
+
+
+def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(kernel in out for kernel in tune.BLOCKS)
+    assert "tuned" in out
+
+
+def test_every_kernel_has_candidates_and_plans() -> None:
+    from alexnet_kernels.kernels import lrn
+
+    assert set(tune.BLOCKS) == set(lrn.CONFIGS)
+    for kernel in lrn.CONFIGS:
+        candidate = tune.Candidate(kernel, _launch.Config(64, 2))
+        launches = tune.plans(candidate)
+        assert len(launches) == 4
+        assert {launch.name for launch in launches} == {kernel}
+        assert {launch.constants["BLOCK"] for launch in launches} == {64}
+        assert lrn.CONFIGS[kernel] != candidate.config
+
+
+def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "card.json"
+    monkeypatch.setattr(_launch, "table_of", lambda gpu: path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    read = _launch.tuned.__wrapped__
+    card = torch.device("cuda", 0)
+    assert read("lrn", card) == {}
+    path.write_text('{"kernels": {"lrn": {"ring_forward": {"block": 64, "num_warps": 2}}}}')
+    assert read("lrn", card) == {"ring_forward": _launch.Config(64, 2)}
+    assert read("other", card) == {}
+    path.write_text('{"kernels": {"lrn": {"ring_forward": {"blocks": 64}}}}')
+    with pytest.warns(UserWarning, match="is no tuned table"):
+        assert read("lrn", card) == {}
+    assert read("lrn", torch.device("cpu")) == {}
+
+
+def test_table_of() -> None:
+    assert _launch.table_of("NVIDIA H200").name == "nvidia-h200.json"
