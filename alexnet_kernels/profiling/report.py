@@ -141,12 +141,16 @@ def _speedup(run: Results) -> Figure | None:
         [r["value"] - min(r["low"], r["value"]) for r in ratios],
         [max(r["high"], r["value"]) - r["value"] for r in ratios],
     ]
-    axes.barh(range(len(rows)), values, xerr=spread, color=[_COLOUR[r["verdict"]] for r in ratios], ecolor=_INK)
+    axes.barh(range(len(rows)), [value - 1 for value in values], left=1, xerr=spread, ecolor=_INK,
+              color=[_COLOUR[r["verdict"]] for r in ratios])  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.1)
     axes.set_yticks(range(len(rows)), [f"{row['unit']}, {row['pass']}, {row['track']}" for row in rows])
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.axvline(1, color=_INK, linewidth=1)
     for i, ratio in enumerate(ratios):
-        axes.annotate(f"{ratio['value']:.2f}", (max(ratio["high"], ratio["value"]), i), (4, 0), fontsize=8,
+        axes.annotate(f"{ratio['value']:.2f}", (max(ratio["high"], ratio["value"], 1), i), (4, 0), fontsize=8,
                       textcoords="offset points", va="center", color=_INK)  # fmt: skip
     axes.set_xlabel("baseline / ours (green: faster, red: slower, grey: tie)", fontsize=9, color=_INK)
     return figure
@@ -194,14 +198,14 @@ def _throughput(run: Results) -> Figure | None:
         lines.setdefault((row["variant"], row["pass"], row["track"]), []).append(row)
     for i, (key, points) in enumerate(lines.items()):
         batches = [row["batch"] for row in points]
-        for side, style in (("ours", "-"), ("baseline", (0, (4, 2)))):
+        for side, style, fill in (("ours", "-", f"C{i}"), ("baseline", (0, (4, 2)), "white")):
             rate = [row["batch"] / _time(row, side) * 1e3 for row in points]
             label = ", ".join(key) if side == "ours" else None
-            axes.plot(batches, rate, color=f"C{i}", linestyle=style, marker="o", markersize=4, label=label)
+            axes.plot(batches, rate, color=f"C{i}", linestyle=style, marker="o", markerfacecolor=fill, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["batch"] for row in rows}), labels=[str(b) for b in sorted({r["batch"] for r in rows})])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("batch (solid: ours, dashed: the best baseline)", fontsize=9, color=_INK)
+    axes.set_xlabel("batch (filled, solid: ours; hollow, dashed: the best baseline)", fontsize=9, color=_INK)
     axes.grid(axis="y", color="#e2e8f0", linewidth=0.6)
     axes.legend(frameon=False, fontsize=8)
     return figure
