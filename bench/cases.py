@@ -38,22 +38,20 @@ def precision(track: str) -> Iterator[None]:
     """Every flag that a track depends on, set for all contenders alike and put back afterwards."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     allow = track == "tf32"
-    flags = (
-        (cudnn, "allow_tf32", allow),
-        (matmul, "allow_tf32", allow),
-        (matmul, "allow_fp16_reduced_precision_reduction", False),
-        (matmul, "allow_bf16_reduced_precision_reduction", False),
-        (cudnn, "benchmark", True),
-        (cudnn, "deterministic", False),
-    )
-    before = [getattr(where, name) for where, name, _ in flags]
-    try:
-        for where, name, value in flags:
-            setattr(where, name, value)
-        yield
-    finally:
-        for (where, name, _), value in zip(flags, before, strict=True):
-            setattr(where, name, value)
+    flags = {
+        "allow_tf32": allow,
+        "allow_fp16_reduced_precision_reduction": False,
+        "allow_bf16_reduced_precision_reduction": False,
+    }
+    before = {name: getattr(matmul, name) for name in flags}
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=True, deterministic=False, allow_tf32=allow):
+        try:
+            for name, value in flags.items():
+                setattr(matmul, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(matmul, name, value)
 
 
 @dataclass(frozen=True)
