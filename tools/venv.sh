@@ -179,6 +179,8 @@ if [ -n "$TORCH_INDEX" ]; then
     # First and together: torchvision's compiled half must come from where torch does. A build such as 2.11.0+cpu
     # satisfies the pin torch==2.11.0, now and in the installation below, which therefore leaves it alone.
     install --index-url "$TORCH_INDEX" -c "$constraints" torch torchvision
+elif [ "$TORCH" != system ]; then
+    install -c "$constraints" torch # first: the compiled libraries are built against it
 fi
 install --no-build-isolation -c "$constraints" -e ".[dev]"
 
