@@ -112,7 +112,7 @@ class ConvReLU2d(torch.nn.Conv2d):
     __prepare_scriptable__ = _refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight, bias = _weights(self)
         if self.padding_mode != "zeros" or not ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias))):
             return torch.nn.functional.relu(super().forward(input))
         return F.conv2d_relu(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ class LinearReLU(torch.nn.Linear):
     __prepare_scriptable__ = _refuse_script
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight, bias = _weights(self)
         if not ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias))):
             return torch.nn.functional.relu(super().forward(input))
         return F.linear_relu(input, weight, bias)
@@ -238,14 +238,22 @@ def _why_not_pool(pool: torch.nn.MaxPool2d) -> str | None:
 Children = tuple[Any, ...]
 
 
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """``weight, bias``, past ``Module.__getattr__``, which takes most of a microsecond for each."""
+    parameters = layer._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
+
+
 def conv2d_relu(input: Tensor, children: Children) -> Tensor:
     conv, _ = children
-    return F.conv2d_relu(input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d_relu(input, *_weights(conv), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def linear_relu(input: Tensor, children: Children) -> Tensor:
     linear, _ = children
-    return F.linear_relu(input, linear.weight, linear.bias)
+    return F.linear_relu(input, *_weights(linear))
 
 
 def lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:
@@ -260,7 +268,7 @@ def max_pool2d_lrn(input: Tensor, children: Children) -> Tensor:
 
 def _conv_lrn_pool_arguments(conv: torch.nn.Conv2d, norm: Any, pool: Any) -> tuple[Any, ...]:
     convolution = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return conv.weight, conv.bias, convolution, _lrn_arguments(norm), _pool_arguments(pool)
+    return *_weights(conv), convolution, _lrn_arguments(norm), _pool_arguments(pool)
 
 
 def conv2d_relu_lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:

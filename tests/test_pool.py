@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import alexnet_kernels as ak
-from alexnet_kernels import dispatch, nn, reference
+from alexnet_kernels import _extension, dispatch, nn, reference
 from alexnet_kernels import functional as F
 from alexnet_kernels._fusion import steps
 from alexnet_kernels.ops import fused, pool
@@ -39,6 +39,25 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every operation of this file has a kernel, called ``"cpu"``."""
     for op, rows in stand_in.table().items():
         monkeypatch.setitem(dispatch._table, op, rows)
+    monkeypatch.setattr(pool, "_torchs_is_quicker", lambda x, with_place: False)
+
+
+@pytest.mark.parametrize(("shape", "wanted", "backend"), [
+    ((1, 4, 64, 64), False, "cpu"),  # 2^14 elements
+    ((1, 4, 64, 64), True, "reference"),
+    ((1, 16, 64, 64), True, "cpu"),
+    ((1, 4, 63, 65), False, "reference"),
+])  # fmt: skip
+@pytest.mark.skipif(_extension.why_not("cpu") is not None, reason=f"no CPU kernels: {_extension.why_not('cpu')}")
+def test_torchs_own_pooling_runs_where_it_is_quicker(shape: tuple[int, ...], wanted: bool, backend: str) -> None:
+    x = torch.randn(shape, requires_grad=wanted)
+    assert ran(lambda: F.max_pool2d(x, 3, 2)) == {backend}
+    assert F.explain(F.max_pool2d, x, 3, 2).backend == backend
+    last = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_(wanted)
+    assert ran(lambda: F.max_pool2d(last, 3, 2)) == {"reference"}
+    assert "quicker" in F.explain(F.max_pool2d, last, 3, 2).why_not["cpu"]
+    with ak.use_backend("cpu"):
+        assert ran(lambda: F.max_pool2d(last, 3, 2)) == {"cpu"}
 
 
 def values(*shape: int, dtype: torch.dtype = torch.double, layout: torch.memory_format = LAYOUTS[0]) -> Tensor:

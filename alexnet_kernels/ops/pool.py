@@ -39,6 +39,10 @@ Size = int | Sequence[int]
 
 NOTHING_KEPT = "with_place=False keeps nothing for backward; call the operation with with_place=True"
 _WHY_NO_KERNEL = "no kernel can run it"
+_WHY_TORCHS_IS_QUICKER = (
+    "torch's own pooling is quicker on a CPU for channels_last and for few elements; this runs when asked for by name"
+)
+_CPU_PAYS = {False: 1 << 14, True: 1 << 16}  # elements, by whether a gradient is wanted: see docs/kernels/cpu.md
 _LARGEST_AREA = 256  # taps that one byte tells apart
 
 
@@ -199,15 +203,25 @@ _is_usual_cached = functools.lru_cache(1024)(_is_usual)  # a call on a small ten
 
 def apply(x: Tensor, kernel_size: Size, stride: Size | None, padding: Size, dilation: Size, ceil_mode: bool) -> Tensor:
     """Max pooling of any ``x``: a kernel where one can run, torch's own operation everywhere else."""
+    if (  # here and not only where implementations are chosen: a call on a small tensor takes microseconds
+        x.is_cpu
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and dispatch.requested() == "auto"
+        and _torchs_is_quicker(x, wants_gradient(x))
+    ):
+        return _plain(_WHY_TORCHS_IS_QUICKER, x, kernel_size, stride, padding, dilation, ceil_mode)
     window = window_of(kernel_size, stride, padding, dilation)
     why, batch = _why(x, window, ceil_mode)
     if why is None and window is not None:
         y = _on_kernel(batch, window, ceil_mode)
         if y is not None:
             return y if batch is x else y[0]
-    return plain(
-        "max_pool2d", why or _WHY_NO_KERNEL, reference.max_pool2d, x, kernel_size, stride, padding, dilation, ceil_mode
-    )
+    return _plain(why or _WHY_NO_KERNEL, x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _plain(why: str, *args: Any) -> Tensor:
+    return plain("max_pool2d", why, reference.max_pool2d, *args)
 
 
 def _why(x: Tensor, window: tuple[int, ...] | None, ceil_mode: bool) -> tuple[str | None, Tensor]:
@@ -239,7 +253,7 @@ def explain(
     why, batch = _why(x, window, ceil_mode)
     if why is not None:
         return dispatch.explain_reference("max_pool2d", why)
-    return dispatch.explain_call("max_pool2d", batch, window, ceil_mode, False)
+    return dispatch.explain_call("max_pool2d", batch, window, ceil_mode, wants_gradient(batch))
 
 
 def why_large(window: Window) -> str | None:
@@ -268,11 +282,13 @@ def _triton_backward(*args: Any) -> Tensor:
     return kernel.backward(*args)
 
 
+def _torchs_is_quicker(x: Tensor, with_place: bool) -> bool:
+    return x.numel() < _CPU_PAYS[with_place] or layout_of(x) is torch.channels_last
+
+
 def _cpu_why_not(x: Tensor, window: Window, ceil_mode: bool, with_place: bool) -> str | None:
-    if (
-        with_place and x.is_cpu and dispatch.requested() != "cpu"
-    ):  # as quick forward, 0.6 to 0.7 times backward, 2026-11-24
-        return "torch's own pooling is faster on a CPU where a gradient is wanted; this runs when asked for by name"
+    if x.is_cpu and dispatch.requested() != "cpu" and _torchs_is_quicker(x, with_place):
+        return _WHY_TORCHS_IS_QUICKER
     return why_large(window) or compiled_why_not("cpu", x)
 
 

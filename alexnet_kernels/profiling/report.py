@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "not measured"
-_GREEN, _RED, _GREY, _BLUE, _INK = "#2f855a", "#c53030", "#a0aec0", "#2b6cb0", "#2d3748"
+_GREEN, _RED, _GREY, _INK = "#2f855a", "#c53030", "#a0aec0", "#2d3748"
 _COLOUR = {"faster": _GREEN, "slower": _RED, "tie": _GREY}
 _SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks"}
 
@@ -166,13 +166,15 @@ def _roofline(run: Results) -> Figure | None:
     intensity = sorted(row["flops"] / row["bytes"] for row in rows)
     ends = [intensity[0] / 2, intensity[-1] * 2]
     steps = [ends[0] * (ends[1] / ends[0]) ** (i / 200) for i in range(201)]
-    for (name, peak), style in zip(_matmuls(peaks, rows), ("-", "--", ":", "-.", "-"), strict=False):
-        axes.plot(steps, [min(peak, x * peaks["copy"]) for x in steps], color=_INK, linewidth=1, linestyle=style,
-                  label=f"ceiling, {name}")  # fmt: skip
-    for side, colour, marker in (("baseline", _GREY, "o"), ("ours", _BLUE, "D")):
-        x = [row["flops"] / row["bytes"] for row in rows]
-        y = [row["flops"] / _time(row, side) * 1e3 for row in rows]
-        axes.scatter(x, y, s=18, color=colour, marker=marker, label=side, zorder=3)
+    for i, (track, peak) in enumerate(_matmuls(peaks, rows)):  # a track has one colour; ours is filled, as everywhere
+        colour, mine = f"C{i}", [row for row in rows if _ceiling_of(row) == track]
+        axes.plot(
+            steps, [min(peak, x * peaks["copy"]) for x in steps], color=colour, linewidth=1, label=f"ceiling, {track}"
+        )
+        x = [row["flops"] / row["bytes"] for row in mine]
+        for side, fill in (("baseline", "none"), ("ours", colour)):
+            y = [row["flops"] / _time(row, side) * 1e3 for row in mine]
+            axes.scatter(x, y, s=20, facecolor=fill, edgecolor=colour, marker="D", label=f"{side}, {track}", zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP a byte", fontsize=9, color=_INK)
@@ -182,8 +184,13 @@ def _roofline(run: Results) -> Figure | None:
     return figure
 
 
+def _ceiling_of(row: Row) -> str:
+    """The track whose matrix products bound the row's: autocast multiplies in bf16."""
+    return "bf16" if row["track"] == "amp" else str(row["track"])
+
+
 def _matmuls(peaks: dict[str, Any], rows: Sequence[Row]) -> list[tuple[str, float]]:
-    tracks = {{"amp": "bf16"}.get(row["track"], row["track"]) for row in rows}
+    tracks = {_ceiling_of(row) for row in rows}
     return sorted((track, peaks[track]) for track in tracks if track in peaks)
 
 
