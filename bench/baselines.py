@@ -88,40 +88,62 @@ def _stock_lrn(x: Tensor, op: LRN) -> Tensor:
     return TF.local_response_norm(towers, op.size, alpha, op.beta, op.k).reshape(x.shape).to(x.dtype)
 
 
+_KNOWN = (
+    (Conv, ReLU, LRN, MaxPool),
+    (Conv, ReLU),
+    (Linear, ReLU),
+    (LRN, MaxPool),
+)  # as FusedSequential: the longest first
+
+
+def _runs(facts: Sequence[LayerFacts]) -> list[Sequence[LayerFacts]]:
+    runs: list[Sequence[LayerFacts]] = []
+    while facts:
+        kinds = tuple(type(f.op) for f in facts)
+        length = next((len(known) for known in _KNOWN if kinds[: len(known)] == known), 1)
+        runs.append(facts[:length])
+        facts = facts[length:]
+    return runs
+
+
 def our_network(facts: Sequence[LayerFacts]) -> Network:
-    """The unit in this package's functions, neighbours fused where there is a function for both."""
-    runs: list[tuple[LayerFacts, ...]] = []
-    for f in facts:
-        before = type(runs[-1][-1].op) if runs else None
-        if (before in (Conv, Linear) and isinstance(f.op, ReLU)) or (before is LRN and isinstance(f.op, MaxPool)):
-            runs[-1] += (f,)
-        else:
-            runs.append((f,))
+    """The unit in this package's functions, neighbours fused where there is a function for all of them."""
+    runs = _runs(facts)
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
         left = list(weights)
         for fs in runs:
-            op, after = fs[0].op, fs[-1].op
-            if isinstance(op, Conv):
-                x, both = _extended(x, op), isinstance(after, ReLU)
-                conv = F.conv2d_relu if both else TF.conv2d
-                x = conv(x, left.pop(0), left.pop(0), op.stride, op.padding, 1, op.groups)
-            elif isinstance(op, Linear):
-                x = (F.linear_relu if isinstance(after, ReLU) else TF.linear)(x, left.pop(0), left.pop(0))
-            elif isinstance(op, LRN):
-                options = {"groups": op.groups, "alpha_mode": op.alpha_mode}
-                arguments = (x, op.size, op.alpha, op.beta, op.k)
-                if isinstance(after, MaxPool):
-                    x = F.lrn_max_pool2d(*arguments, after.kernel, after.stride, **options)
-                else:
-                    x = F.local_response_norm(*arguments, **options)
-            elif isinstance(op, MaxPool):
-                x = F.max_pool2d(x, op.kernel, op.stride)
-            else:
-                x = TF.relu(x)
+            x = _our_run(x, [f.op for f in fs], left)
         return x
 
     return run
+
+
+def _our_run(x: Tensor, ops: Sequence[Any], left: list[Tensor]) -> Tensor:
+    """``ops`` as one call; takes its parameters from the front of ``left``."""
+    match ops:
+        case [Conv() as op, *after]:
+            x, parameters, window = _extended(x, op), (left.pop(0), left.pop(0)), (op.stride, op.padding, 1, op.groups)
+            if len(after) == 3:
+                _, lrn, pool = after
+                norm, pooling = (lrn.size, lrn.alpha, lrn.beta, lrn.k), (pool.kernel, pool.stride, 0, 1, False)
+                return F.conv2d_relu_lrn_max_pool2d(x, *parameters, window, norm, pooling, **_scope(lrn))
+            return (F.conv2d_relu if after else TF.conv2d)(x, *parameters, *window)
+        case [Linear(), *after]:
+            return (F.linear_relu if after else TF.linear)(x, left.pop(0), left.pop(0))
+        case [LRN() as op, *after]:
+            norm = (op.size, op.alpha, op.beta, op.k)
+            if after:
+                return F.lrn_max_pool2d(x, *norm, after[0].kernel, after[0].stride, **_scope(op))
+            return F.local_response_norm(x, *norm, **_scope(op))
+        case [MaxPool() as op]:
+            return F.max_pool2d(x, op.kernel, op.stride)
+        case _:
+            return TF.relu(x)
+
+
+def _scope(op: LRN) -> dict[str, Any]:
+    return {"groups": op.groups, "alpha_mode": op.alpha_mode}
 
 
 class Backward:
