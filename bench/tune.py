@@ -1,4 +1,4 @@
-"""``make tune``: the fastest block and number of warps for each kernel of ``kernels/lrn.py`` on this GPU.
+"""``make tune``: the fastest configuration of each Triton kernel on this GPU. Which, from what: ``tune_cases.py``.
 
     python -m bench.tune [--budget SECONDS] [--dry-run] [--work DIR]
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import math
@@ -25,40 +26,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alexnet_kernels import geometry
 from alexnet_kernels._files import write_text
-from alexnet_kernels.kernels import _launch, lrn
+from alexnet_kernels.kernels import _launch
 
-BATCH = 256
+from .tune_cases import FAMILIES, IMAGES, KERNELS, Case
+
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # a block may ask for
 REGISTERS = 65_536  # of a multiprocessor
-# In order of importance: layouts that the networks run in first, the form for unusual windows last.
-BLOCKS = {
-    "vector_forward": (64, 128, 256, 512),
-    "vector_backward": (64, 128, 256),
-    "ring_forward": (64, 128, 256),
-    "ring_backward": (64, 128, 256),
-    "general_forward": (256, 512, 1024),
-    "general_backward": (128, 256, 512),
-}
-WARPS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A configuration, any dataclass, for the kernel ``family.name``."""
+
     kernel: str
-    config: _launch.Config
+    config: Any
 
     @property
     def id(self) -> str:
-        return f"{self.kernel} block {self.config.block} warps {self.config.num_warps}"
+        return f"{self.kernel} " + " ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+
+    @property
+    def place(self) -> tuple[Any, str]:
+        """The kernel's module, and its name there."""
+        family, name = self.kernel.split(".")
+        return FAMILIES[family], name
 
 
 @dataclass(frozen=True)
@@ -71,56 +70,41 @@ class Compiled:
     error: str = ""
 
 
+def built_in(kernel: str) -> Candidate:
+    """What the kernel runs with where nothing was tuned."""
+    module, name = Candidate(kernel, None).place
+    return Candidate(kernel, module.CONFIGS[name])
+
+
 def candidates() -> tuple[Candidate, ...]:
     """All of them, the built-in configuration of each kernel first."""
     found: list[Candidate] = []
-    for kernel, blocks in BLOCKS.items():
-        default = lrn.CONFIGS[kernel]
-        grid = [_launch.Config(block, warps) for block in blocks for warps in WARPS]
-        found += [Candidate(kernel, c) for c in (default, *(c for c in grid if c != default))]
+    for kernel, row in KERNELS.items():
+        default = built_in(kernel)
+        found += [default, *(Candidate(kernel, config) for config in row.configs if config != default.config)]
     return tuple(found)
 
 
-def cases(kernel: str, device: str = "meta") -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]]:
-    """Tensors and the other arguments of ``lrn.plan`` for the network's LRNs, in bf16 and fp32, in the kernel's layout."""
-    form, direction = kernel.split("_")
-    for facts in geometry.variant("paper").layers:
-        if not isinstance(facts.op, geometry.LRN):
-            continue
-        op = facts.op
-        scale = op.alpha / (op.size if op.alpha_mode == "mean" else 1)
-        for dtype in (torch.bfloat16, torch.float32):
-            layout = torch.channels_last if form == "vector" else torch.contiguous_format
-            shape = (BATCH, *facts.input)
-            if device == "meta":
-                x = torch.empty(shape, dtype=dtype, device=device, memory_format=layout)
-            else:
-                x = (torch.randn(shape, device=device).relu_() * 20).to(dtype).contiguous(memory_format=layout)
-            size = 4 if form == "general" else op.size  # an even window is what only the general form takes
-            count = 2 if direction == "forward" else 3
-            yield (x,) * count, (size, scale, op.beta, op.k, op.groups)
+def cases(kernel: str, device: str = "meta") -> Iterator[Case]:
+    return KERNELS[kernel].cases(kernel.split(".")[1], device)
 
 
 def plans(candidate: Candidate) -> list[_launch.Launch]:
     """The candidate's launches, planned on tensors without memory."""
-    with _instead(candidate):
-        return [lrn.plan(tensors, *arguments) for tensors, arguments in cases(candidate.kernel)]
+    with instead(candidate):
+        return [case.plan() for case in cases(candidate.kernel)]
 
 
-class _instead:
+@contextlib.contextmanager
+def instead(candidate: Candidate) -> Iterator[None]:
     """The candidate's configuration in place of the built-in and the tuned one."""
-
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
-
-    def __enter__(self) -> None:
-        name = self.candidate.kernel
-        self.before, self.tuned = lrn.CONFIGS[name], lrn.tuned
-        lrn.CONFIGS[name] = self.candidate.config
-        lrn.tuned = lambda family, device: {}  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        lrn.CONFIGS[self.candidate.kernel], lrn.tuned = self.before, self.tuned
+    module, name = candidate.place
+    before, tuned = module.CONFIGS[name], module.tuned
+    module.CONFIGS[name], module.tuned = candidate.config, lambda family, device: {}
+    try:
+        yield
+    finally:
+        module.CONFIGS[name], module.tuned = before, tuned
 
 
 # ------------------------------------------------------------------------------------------------------------- compiling
@@ -134,7 +118,10 @@ def compile_candidate(candidate: Candidate, arch: int) -> Compiled:
             one = _compile(launch, arch)
             worst = Compiled(*(max(a, b) for a, b in zip(_numbers(worst), _numbers(one), strict=True)))
     except Exception as error:
-        return Compiled(0, 0, 0, f"{type(error).__name__}: {str(error)[:200]}")
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # Triton wraps the reason once for each function that it is in
+            cause = cause.__cause__
+        return Compiled(0, 0, 0, f"{type(cause).__name__}: {str(cause)[:200]}")
     return worst
 
 
@@ -147,7 +134,7 @@ def _compile(launch: _launch.Launch, arch: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
     names = launch.kernel.arg_names
     signature, constants = dict.fromkeys(names, "constexpr"), dict(launch.constants)
     attributes: dict[tuple[int], list[list[object]]] = {}
@@ -214,38 +201,43 @@ def why_pruned(candidate: Candidate, compiled: Compiled, arch: int) -> str | Non
 
 def run_kernel(kernel: str, chosen: list[Candidate]) -> dict[str, float | str]:
     """Candidates of one kernel by id: milliseconds, the geometric mean over the cases, or what is wrong with them."""
-    from alexnet_kernels import reference
     from alexnet_kernels.profiling.timer import measure
 
-    device = torch.device("cuda")
     logs: dict[str, list[float]] = {c.id: [] for c in chosen}
     wrong: dict[str, str] = {}
-    for tensors, arguments in cases(kernel, "cuda"):
-        x, backward = tensors[0], len(tensors) == 3
-        inputs = (torch.randn_like(x), x) if backward else (x,)
-        exact = tuple(t[:2].double() for t in inputs)
-        truth = (reference.lrn_backward if backward else reference.lrn)(*exact, *arguments)
-        out = torch.empty_like(x)
+    for case in cases(kernel, "cuda"):
+        truth = case.truth()
         calls: dict[str, list[Callable[[], object]]] = {}
         for candidate in chosen:
-            with _instead(candidate):
-                launch = lrn.plan((*inputs, out), *arguments)
-            try:
-                out.fill_(math.nan)
-                _launch.run(launch)
-                error = float((out[:2].double() - truth).norm() / truth.norm())
-            except Exception as failure:
-                wrong[candidate.id] = f"{type(failure).__name__}: {str(failure)[:200]}"
+            if candidate.id in wrong:
                 continue
-            if not error < 4 * torch.finfo(x.dtype).eps:
-                wrong[candidate.id] = f"wrong: relative error {error:.2e} in {x.dtype}"
-                continue
-            calls[candidate.id] = [lambda launch=launch: _launch.run(launch)]
+            with instead(candidate):
+                launch = case.plan()
+            reason = why_wrong(case, launch, truth)
+            if reason is None:
+                calls[candidate.id] = [lambda launch=launch: _launch.run(launch)]
+            else:
+                wrong[candidate.id] = reason
         if not calls:
             break
-        for name, timing in measure(calls, device=device, samples=50).items():
+        for name, timing in measure(calls, device=torch.device("cuda"), samples=50).items():
             logs[name].append(math.log(timing.median))
     return {c.id: wrong[c.id] if c.id in wrong else math.exp(sum(logs[c.id]) / len(logs[c.id])) for c in chosen}
+
+
+def why_wrong(case: Case, launch: _launch.Launch, truth: Sequence[torch.Tensor]) -> str | None:
+    """Why a launch must not be chosen however fast it is, or None; what it writes was poisoned before."""
+    try:
+        for out in case.written:
+            out.fill_(math.nan if out.is_floating_point() else 255)
+        _launch.run(launch)
+        for out, exact in zip(case.written, truth, strict=True):
+            error = float((out[:IMAGES].double() - exact).norm() / exact.norm())
+            if not error <= (4 * torch.finfo(case.dtype).eps if out.is_floating_point() else 0):
+                return f"wrong: relative error {error:.2e} in {out.dtype}"
+    except Exception as failure:
+        return f"{type(failure).__name__}: {str(failure)[:200]}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- tuning
@@ -255,10 +247,8 @@ def sources_digest() -> str:
     """Of the kernels' sources and the compiler: what was found with others does not count."""
     import triton
 
-    folder = Path(lrn.__file__).parent
-    text = triton.__version__.encode() + b"".join(
-        (folder / n).read_bytes() for n in ("lrn.py", "_response.py", "_launch.py", "_tile.py")
-    )
+    folder = Path(_launch.__file__).parent
+    text = triton.__version__.encode() + b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(text).hexdigest()[:12]
 
 
@@ -294,7 +284,7 @@ class State:
 
 @dataclass(frozen=True)
 class Tuned:
-    kernels: dict[str, _launch.Config]
+    kernels: dict[str, Any]
     pruned: dict[str, str]
     left_out: tuple[str, ...]
 
@@ -318,7 +308,7 @@ def tune(
         state.save()
     pruned: dict[str, str] = {}
     left_out = [f"{c.id}: not compiled" for c in work if c.id not in state.compiled]
-    chosen: dict[str, _launch.Config] = {}
+    chosen: dict[str, Any] = {}
     for kernel in dict.fromkeys(c.kernel for c in work):
         known = [c for c in work if c.kernel == kernel and c.id in state.compiled]
         reasons = {c.id: why_pruned(c, Compiled(**state.compiled[c.id]), arch) for c in known}
@@ -343,12 +333,16 @@ def tune(
 
 def table(tuned: Tuned, state: State) -> dict[str, Any]:
     """What ``kernels/_launch.py`` reads, and beside it the measurement that it rests on."""
+    kernels: dict[str, dict[str, Any]] = {}
+    for kernel, config in tuned.kernels.items():
+        family, name = kernel.split(".")
+        kernels.setdefault(family, {})[name] = asdict(config)
     return {
         "schema": 1,
         "gpu": state.gpu,
         "digest": state.digest,
         "torch": torch.__version__,
-        "kernels": {"lrn": {kernel: asdict(config) for kernel, config in tuned.kernels.items()}},
+        "kernels": kernels,
         "milliseconds": {name: value for name, value in state.timed.items() if not isinstance(value, str)},
         "pruned": tuned.pruned,
         "left out": list(tuned.left_out),
@@ -366,9 +360,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         work = candidates()
         print(f"budget {arguments.budget:.0f} s, {os.cpu_count()} processes compile, sources {sources_digest()}")
-        for kernel in BLOCKS:
+        for kernel in KERNELS:
             mine = [c for c in work if c.kernel == kernel]
-            print(f"{kernel:18} {len(mine):3} candidates  {', '.join(c.id.split(' ', 1)[1] for c in mine)}")
+            print(
+                f"{kernel:32} {len(mine):3} candidates, {len(plans(mine[0])):2} cases  built-in: {mine[0].id.split(' ', 1)[1]}"
+            )
         print(f"state   {arguments.work / 'tune.json'}\nwrites  {target}")
         return 0
     if gpu is None:
@@ -387,9 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, json.dumps(table(tuned, state), indent=1) + "\n")
     for kernel, config in tuned.kernels.items():
-        before = lrn.CONFIGS[kernel]
-        name, default = Candidate(kernel, config).id, Candidate(kernel, before).id
-        print(f"{name:44} {state.timed[name]:.4f} ms, built-in {state.timed.get(default, 'not measured')}")
+        name, default = Candidate(kernel, config).id, built_in(kernel).id
+        print(f"{name:60} {state.timed[name]:.4f} ms, built-in {state.timed.get(default, 'not measured')}")
     print(f"wrote {target}; what was left out can be had by running this again")
     return 0
 

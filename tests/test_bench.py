@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from alexnet_kernels import geometry
 from alexnet_kernels.kernels import _launch
 from alexnet_kernels.profiling.timer import relative_error
-from bench import baselines, cudnn, gpu, rows, tune
+from bench import baselines, cudnn, gpu, rows, tune, tune_cases
 from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -294,16 +295,18 @@ def _fakes(log: list[str]) -> tuple[Callable, Callable]:
 
 
 def test_tune_prunes_and_resumes(tmp_path: Path) -> None:
-    work = tuple(c for c in tune.candidates() if c.kernel.startswith("vector"))
+    work = tuple(c for c in tune.candidates() if c.kernel.startswith("lrn.vector"))
     path, log = tmp_path / "tune.json", list[str]()
     compiler, runner = _fakes(log)
     state = tune.State.load(path, "d", "card")
     found = tune.tune(state, 90, 100.0, work=work, compiler=compiler, runner=runner)
-    assert found.kernels == {k: _launch.Config(128, 2) for k in ("vector_forward", "vector_backward")}
-    assert "spills 8 bytes" in found.pruned["vector_forward block 512 warps 2"]
-    assert "shared memory" in found.pruned["vector_forward block 128 warps 8"]
-    assert "wrong" in found.pruned["vector_forward block 64 warps 2"]
-    assert tune.table(found, state)["kernels"]["lrn"]["vector_forward"] == {"block": 128, "num_warps": 2}
+    assert found.kernels == {f"lrn.vector_{way}": _launch.Config(128, 2) for way in ("forward", "backward")}
+    assert "spills 8 bytes" in found.pruned["lrn.vector_forward block=512 num_warps=2"]
+    assert "shared memory" in found.pruned["lrn.vector_forward block=128 num_warps=8"]
+    assert "wrong" in found.pruned["lrn.vector_forward block=64 num_warps=2"]
+    assert tune.table(found, state)["kernels"] == {
+        "lrn": {f"vector_{way}": {"block": 128, "num_warps": 2} for way in ("forward", "backward")}
+    }
 
     log.clear()
     again = tune.tune(tune.State.load(path, "d", "card"), 90, 100.0, work=work, compiler=compiler, runner=runner)
@@ -315,7 +318,8 @@ def test_tune_prunes_and_resumes(tmp_path: Path) -> None:
 
 
 def test_tune_keeps_its_budget(tmp_path: Path) -> None:
-    work, now = tuple(c for c in tune.candidates() if c.config.block == 128 and "forward" in c.kernel), [0.0]
+    kernels = ("lrn.vector_forward", "fused.strip_forward")
+    work, now = tuple(c for c in tune.candidates() if c.config.block == 128 and c.kernel in kernels), [0.0]
     compiler, runner = _fakes([])
 
     def slow(kernel, chosen):
@@ -324,12 +328,12 @@ def test_tune_keeps_its_budget(tmp_path: Path) -> None:
 
     state = tune.State.load(tmp_path / "s.json", "d", "card")
     found = tune.tune(state, 90, 50.0, work=work, compiler=compiler, runner=slow, clock=lambda: now[0])
-    assert set(found.kernels) == {"vector_forward"}
-    assert found.left_out == ("ring_forward: not timed",)
+    assert set(found.kernels) == {"lrn.vector_forward"}
+    assert found.left_out == ("fused.strip_forward: not timed",)
 
 
 def test_registers_prune() -> None:
-    candidate = tune.Candidate("vector_forward", _launch.Config(128, 16))
+    candidate = tune.Candidate("lrn.vector_forward", _launch.Config(128, 16))
     assert "registers" in (tune.why_pruned(candidate, tune.Compiled(200, 0, 0), 90) or "")
     assert tune.why_pruned(candidate, tune.Compiled(0, 0, 0, "ValueError: x"), 90) == "does not compile: ValueError: x"
 
@@ -337,21 +341,54 @@ def test_registers_prune() -> None:
 def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert all(kernel in out for kernel in tune.BLOCKS)
+    assert all(kernel in out for kernel in tune_cases.KERNELS)
     assert "tuned" in out
 
 
-def test_every_kernel_has_candidates_and_plans() -> None:
-    from alexnet_kernels.kernels import lrn
+def test_every_kernel_that_can_be_tuned_is() -> None:
+    configured = {f"{family}.{name}" for family, module in tune_cases.FAMILIES.items() for name in module.CONFIGS}
+    assert set(tune_cases.KERNELS) == configured
 
-    assert set(tune.BLOCKS) == set(lrn.CONFIGS)
-    for kernel in lrn.CONFIGS:
-        candidate = tune.Candidate(kernel, _launch.Config(64, 2))
-        launches = tune.plans(candidate)
-        assert len(launches) == 4
-        assert {launch.name for launch in launches} == {kernel}
-        assert {launch.constants["BLOCK"] for launch in launches} == {64}
-        assert lrn.CONFIGS[kernel] != candidate.config
+
+@pytest.mark.parametrize("kernel", tune_cases.KERNELS)
+def test_the_launches_of_a_candidate_are_planned_without_memory(kernel: str) -> None:
+    candidate = tune.Candidate(kernel, _launch.Config(32, 2))
+    module, name = candidate.place
+    launches = tune.plans(candidate)
+    assert len(launches) in (4, 12)
+    assert {launch.name for launch in launches} == {name}
+    assert {(launch.constants["BLOCK"], launch.num_warps) for launch in launches} == {(32, 2)}
+    assert module.CONFIGS[name] != candidate.config
+
+
+@pytest.mark.slow
+def test_candidates_are_compiled_in_processes_of_their_own() -> None:
+    work = [tune.built_in("lrn.vector_forward"), tune.built_in("pool.cell_backward")]
+    work.append(tune.Candidate("lrn.vector_forward", _launch.Config(100, 4)))  # no power of two
+    found = {candidate.id: compiled for candidate, compiled in tune.compile_all(work, 90, 300.0, workers=2)}
+    right, pooled, wrong = (found[candidate.id] for candidate in work)
+    assert 16 <= right.registers <= 64 and right.spill_bytes == pooled.spill_bytes == 0
+    assert tune.why_pruned(work[0], right, 90) is tune.why_pruned(work[1], pooled, 90) is None
+    assert "power of 2" in wrong.error
+
+
+@pytest.fixture
+def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that the interpreter gets through."""
+    monkeypatch.setattr(tune_cases, "_norms", lambda: iter([((2, 16, 5, 5), (5, 2e-2, 0.75, 2.0, 2))]))
+    monkeypatch.setattr(tune_cases, "_pools", lambda: iter([(2, 8, 5, 5)]))
+
+
+@pytest.mark.parametrize("kernel", tune_cases.KERNELS)
+def test_a_wrong_launch_is_not_timed(small_network: None, kernel: str) -> None:
+    """In the interpreter, or on a GPU: what a kernel writes is right, and what it has not written is not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tune.instead(tune.Candidate(kernel, _launch.Config(16, 1))):
+        for case in tune.cases(kernel, device):
+            launch, truth = case.plan(), case.truth()
+            assert tune.why_wrong(case, launch, truth) is None
+            nothing = dataclasses.replace(launch, grid=(0,))
+            assert "relative error nan" in (tune.why_wrong(case, nothing, truth) or "")
 
 
 def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,11 +121,12 @@ def _vector_gradient(
         plane, lane, ok = plane_block(block, count, CELLS[0] * CELLS[1] * CELLS[2], INDEX, BLOCK)
         more, row, column, inner = split_lane(lane, CELLS)
         left, right = inner % VECTORS > 0, inner % VECTORS < VECTORS - 1
-        at = plane * (OUTPUT[0] * OUTPUT[1] * STEP)
-        at += ((more * OUTPUT[0] + row) * OUTPUT[1] + column) * STEP + inner * WIDTH
-        g0 = _gathered(g + at - 2, place + at - 2, row, column, ok & left, 2, STEP, OUTPUT, WINDOW)
-        g1 = _gathered(g + at, place + at, row, column, ok, WIDTH, STEP, OUTPUT, WINDOW)
-        g2 = _gathered(g + at + WIDTH, place + at + WIDTH, row, column, ok & right, 2, STEP, OUTPUT, WINDOW)
+        q = g + plane * (OUTPUT[0] * OUTPUT[1] * STEP)
+        t = place + plane * (OUTPUT[0] * OUTPUT[1] * STEP)
+        at = ((more * OUTPUT[0] + row) * OUTPUT[1] + column) * STEP + inner * WIDTH
+        g0 = _gathered(q + at - 2, t + at - 2, row, column, ok & left, 2, STEP, OUTPUT, WINDOW)
+        g1 = _gathered(q + at, t + at, row, column, ok, WIDTH, STEP, OUTPUT, WINDOW)
+        g2 = _gathered(q + at + WIDTH, t + at + WIDTH, row, column, ok & right, 2, STEP, OUTPUT, WINDOW)
         add = (0.0, 0.0, 0.0)
         if BIASED:
             b = bias + inner * WIDTH
@@ -136,12 +137,12 @@ def _vector_gradient(
             for j in tl.static_range(SW):
                 h, w = row * SH + i - WINDOW[4], column * SW + j - WINDOW[5]
                 inside = ok & (h >= 0) & (h < SIZES[0]) & (w >= 0) & (w < SIZES[1])
-                offset = first + ((more * SIZES[0] + h) * SIZES[1] + w) * STEP + inner * WIDTH
+                offset = ((more * SIZES[0] + h) * SIZES[1] + w) * STEP + inner * WIDTH
                 d = _normal_gradient(
-                    x + offset, add, g0[i * SW + j], g1[i * SW + j], g2[i * SW + j],
+                    x + first + offset, add, g0[i * SW + j], g1[i * SW + j], g2[i * SW + j],
                     inside, left, right, scale, k, BETA, BIASED, RELU, BLOCK, WIDTH,
                 )  # fmt: skip
-                tl.store(near(dx + offset, WIDTH), d.to(dx.dtype.element_ty), mask=inside[:, None])
+                tl.store(near(dx + first + offset, WIDTH), d.to(dx.dtype.element_ty), mask=inside[:, None])
                 if SUMMED:
                     sums += tl.where(inside[:, None], d, 0.0)
     if SUMMED:
