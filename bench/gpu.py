@@ -85,11 +85,11 @@ def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Jo
 
 
 def _sanitizer(job: Job) -> list[list[str]]:
+    """Triton's cache is filled first, by all cores: under a sanitizer nothing should be compiled."""
     tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    return [
-        [tool, "--tool", check, "--error-exitcode", "9", *_python("-m", "bench.gpu", "--small-cases")]
-        for check in ("memcheck", "racecheck")
-    ]
+    cases = _python("-m", "bench.small_cases", "--seconds", f"{max(1.0, 0.8 * job.seconds / 3 - 5):.0f}")
+    watched = [[tool, "--tool", check, "--error-exitcode", "9", *cases] for check in ("memcheck", "racecheck")]
+    return [_python("-m", "bench.small_cases", "--warm"), *watched]
 
 
 def _no_sanitizer() -> str | None:
@@ -117,13 +117,13 @@ STEPS = (
     Step(
         "lrn",
         "LRN and LRN with pooling, forward and backward, against torch, torch.compile and cuDNN's own",
-        {"quick": 45, "full": 75},
+        {"quick": 40, "full": 75},
         _bench("test_layers.py", "-k", "norm"),
     ),
     Step(
         "sanitizer",
         "compute-sanitizer memcheck and racecheck of every kernel on small cases",
-        {"quick": 25, "full": 50},
+        {"quick": 40, "full": 66},
         _sanitizer,
         why_not=_no_sanitizer,
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
@@ -131,7 +131,7 @@ STEPS = (
     Step(
         "layers",
         "every other layer and fused group: convolutions in both layouts and as split towers, pooling, fc",
-        {"quick": 40, "full": 135},
+        {"quick": 30, "full": 119},
         _bench("test_layers.py", "-k", "not norm"),
     ),
     Step(
@@ -273,35 +273,6 @@ def show_plan(planned: Sequence[tuple[Step, float]], profile: str, budget: float
     print(f"writes into {out}/: {', '.join(FILES)}")
 
 
-def small_cases() -> int:
-    """Every kernel once, on tensors small enough for a sanitizer, compared with the reference."""
-    import torch
-
-    from alexnet_kernels import functional as F
-    from alexnet_kernels import reference, use_backend
-
-    failed = 0
-    for size, layout, groups in (
-        (5, torch.channels_last, 2),  # vector
-        (5, torch.contiguous_format, 2),  # ring
-        (4, torch.contiguous_format, 2),  # general
-    ):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(2, 48, 7, 5, device="cuda").relu().to(dtype).contiguous(memory_format=layout)
-            g = torch.randn_like(x)
-            leaf = x.clone().requires_grad_()
-            with use_backend("triton"):
-                y = F.local_response_norm(leaf, size, k=2.0, groups=groups)
-                (dx,) = torch.autograd.grad(y, leaf, g)
-            arguments = (size, 1e-4 / size, 0.75, 2.0, groups)
-            right = reference.lrn(x.double(), *arguments), reference.lrn_backward(g.double(), x.double(), *arguments)
-            for got, want in zip((y, dx), right, strict=True):
-                error = float((got.double() - want).norm() / want.norm())
-                failed += not error < 4 * torch.finfo(dtype).eps
-                print(f"size {size} {layout} {dtype}: relative error {error:.1e}")
-    return int(failed > 0)
-
-
 def compare(track: str, rows: Path, picture: Path) -> int:
     """``alexnet-kernels compare`` on photographs, or on noise where scikit-image has none; its rows go to ``rows``."""
     import torch
@@ -335,12 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
     for hidden in ("--compare", "--rows", "--picture"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.profile not in PROFILES:
         parser.error(f"GPU_PROFILE={arguments.profile!r}: use {' or '.join(PROFILES)}")
-    if arguments.small_cases:
-        return small_cases()
     if arguments.compare:
         return compare(arguments.compare, Path(arguments.rows), Path(arguments.picture))
     budget = float(arguments.budget) if arguments.budget is not None else PROFILES[arguments.profile]

@@ -13,7 +13,7 @@ import torch
 from alexnet_kernels import geometry
 from alexnet_kernels.kernels import _launch
 from alexnet_kernels.profiling.timer import relative_error
-from bench import baselines, cudnn, gpu, rows, tune, tune_cases
+from bench import baselines, cudnn, gpu, rows, small_cases, tune, tune_cases
 from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -270,6 +270,36 @@ def test_a_result_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     written = rows.publish([{"section": "ceilings", "case": "copy", "ceiling": "copy", "per second": 1.0}], tmp_path)
     assert rows.digest() in written.name
     assert list(tmp_path.rglob("*.json")) == [written]
+
+
+# --------------------------------------------------------------------------------------------- what the sanitizers watch
+
+
+def test_a_small_case_runs_and_names_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert small_cases.main(["--only", "lrn then pool fp32 nhwc bias"]) == 0
+    out = capsys.readouterr().out
+    assert "fused.strip_forward, fused_backward.vector_gradient" in out
+    assert "dbias: relative error" in out and "1 of 1 cases, 0 errors" in out
+
+
+def test_a_wrong_kernel_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = small_cases.lrn.forward
+    monkeypatch.setattr(small_cases.lrn, "forward", lambda *a: right(*a) * 1.001)
+    assert small_cases.main(["--only", "lrn size 5 fp32 nhwc"]) == 1
+    assert "WRONG lrn size 5 fp32 nhwc: y: relative error 1.0e-03 is over 4.8e-07" in capsys.readouterr().out
+    assert small_cases.main(["--seconds", "-1"]) == 0
+    assert "no time for lrn then pool bf16 nhwc bias relu" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_kernel_has_a_small_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert small_cases.main([]) == 0, capsys.readouterr().out
+
+
+def test_the_sanitizers_get_warm_kernels(tmp_path: Path) -> None:
+    commands = gpu._sanitizer(gpu.Job("quick", 40.0, tmp_path, tmp_path, tmp_path / "rows"))
+    assert commands[0][1:] == ["-m", "bench.small_cases", "--warm"]
+    assert [command[2] for command in commands[1:]] == ["memcheck", "racecheck"]
 
 
 # ----------------------------------------------------------------------------------------------------------- make tune
