@@ -142,7 +142,8 @@ STEPS = (
     ),
     Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 20, "full": 55}, _compare),
 )
-FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json")
+FIGURES = ("speedup", "roofline", "throughput")
+FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json", "report.md", *(f"<gpu>-{name}.png" for name in FIGURES))
 
 
 @dataclass
@@ -324,6 +325,20 @@ def main(argv: list[str] | None = None) -> int:
     return run(planned, arguments.profile, budget, arguments.out)
 
 
+def draw(out: Path) -> list[Path]:
+    """The tables and figures of what was measured; a machine without matplotlib has the numbers."""
+    from alexnet_kernels.profiling.report import write_report
+
+    try:
+        written, skipped = write_report(out, out)
+    except Exception as error:
+        print(f"no report: {type(error).__name__}: {error}")
+        return []
+    for line in skipped:
+        print(f"skipped: {line}")
+    return written
+
+
 def run(planned: Sequence[tuple[Step, float]], profile: str, budget: float, out: Path) -> int:
     import torch
 
@@ -361,6 +376,7 @@ def run(planned: Sequence[tuple[Step, float]], profile: str, budget: float, out:
         except Exception as error:
             failed = True
             print(f"result file: {type(error).__name__}: {error}")
+        files += draw(out) if files else []
         text = rows.summary(measured)
         log.write("\n" + text)
     print(text, end="")

@@ -204,7 +204,7 @@ def against_ceilings(row: Row, ceilings: Mapping[str, float]) -> Row:
     seconds = row["contenders"][name]["milliseconds"] / 1e3
     peak, copy = ceilings.get({"amp": "bf16"}.get(row["track"], row["track"])), ceilings.get("copy")
     found: Row = {"of": name}
-    if peak:
+    if peak and row["flops"]:
         found["% of matmul"] = 100 * row["flops"] / seconds / peak
     if copy:
         found["% of copy"] = 100 * row["bytes"] / seconds / copy

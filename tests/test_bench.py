@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,28 @@ def test_summary_keeps_losing_rows_and_wrong_contenders() -> None:
     assert "compile nchw wrong" in text
     assert rows.against_ceilings(row, {}) == {"of": "ours nchw"}
     assert rows.against_ceilings(row, {"fp32": 10_000.0, "copy": 20_000.0})["% of floor"] == pytest.approx(50)
+
+
+def test_a_run_leaves_at_most_eight_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that measures, one that fails: numbers, log, and the figures of what was measured."""
+    ok = {"status": "ok", "milliseconds": 2.0}
+    row = {
+        "section": "layers", "case": "a", "unit": "a", "pass": "forward", "track": "fp32", "batch": 2, "flops": 10, "bytes": 10,
+        "contenders": {"ours nchw": ok, "eager nchw": ok}, "ours": "ours nchw", "baseline": "eager nchw",
+        "ratio": {"value": 1.0, "low": 0.9, "high": 1.1, "verdict": "tie"},
+    }  # fmt: skip
+    code = "import sys; open(sys.argv[1], 'w').write(sys.argv[2])"
+    step = gpu.Step("measures", "", {}, lambda job: [gpu._python("-c", code, str(job.rows), json.dumps(row))])
+    fails = gpu.Step("fails", "", {}, lambda job: [gpu._python("-c", "raise SystemExit('planted')")])
+    monkeypatch.setattr("alexnet_kernels.comparison.run.environment", lambda devices: {"gpu": "none"})
+    out = tmp_path / "out"
+    assert gpu.run([(step, 20.0), (fails, 20.0)], "quick", 40.0, out) == 1
+    left = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert len(left) <= 8
+    assert {"gpu.json", "gpu.log", "report.md"} < set(left)
+    assert any(name.endswith("-speedup.png") for name in left)
+    states = [(one["step"], one["status"]) for one in json.loads((out / "gpu.json").read_text())["steps"]]
+    assert states == [("measures", "passed"), ("fails", "failed")]
 
 
 def test_a_result_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

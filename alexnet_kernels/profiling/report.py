@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "not measured"
-_GREEN, _RED, _GREY, _INK = "#2f855a", "#c53030", "#a0aec0", "#2d3748"
+_GREEN, _RED, _GREY, _INK, _PALE = "#2f855a", "#c53030", "#a0aec0", "#2d3748", "#e2e8f0"
 _COLOUR = {"faster": _GREEN, "slower": _RED, "tie": _GREY}
 _SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks"}
 
@@ -66,8 +66,14 @@ def _ceilings(run: Results) -> str:
     if not rows:
         return f"{NOTHING}\n"
     lines = ["| ceiling | ms | per second |", "|---|--:|--:|"]
-    lines += [f"| {r['case']} | {r['milliseconds']:.4g} | {r['per second']:.4g} {r['unit']} |" for r in rows]
+    lines += [f"| {r['case']} | {r['milliseconds']:.4g} | {_rate(r['per second'], r['unit'])} |" for r in rows]
     return "\n".join(lines) + "\n"
+
+
+def _rate(value: float, unit: str) -> str:
+    """``2.3e11``, ``"FLOP"`` as ``"230 GFLOP/s"``."""
+    power = max(0, min(4, (len(str(int(value))) - 1) // 3))
+    return f"{value / 1000**power:.4g} {('', 'k', 'M', 'G', 'T')[power]}{unit}/s"
 
 
 def _rows(rows: Sequence[Row], images: bool) -> str:
@@ -129,11 +135,16 @@ def _new(title: str, run: Results, width: float, height: float) -> tuple[Figure,
 
 def _speedup(run: Results) -> Figure | None:
     """A bar for each case of the largest batch, its 95% interval on it; left of the line the baseline is faster."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     rows = [row for row in run.section("layers") if "ratio" in row]
     if not rows:
         return None
     batch = max(row["batch"] for row in rows)
-    rows = [row for row in rows if row["batch"] == batch][::-1]
+    rows = [row for row in rows if row["batch"] == batch]
+    rows.sort(key=lambda row: (row["track"], row["pass"] != "forward"))
+    kinds = [(row["track"], row["pass"]) for row in rows]
+    rows = rows[::-1]
     figure, axes = _new(f"Times faster than the best baseline, batch {batch}", run, 9, 1.2 + 0.2 * len(rows))
     ratios = [row["ratio"] for row in rows]
     values = [ratio["value"] for ratio in ratios]
@@ -144,9 +155,16 @@ def _speedup(run: Results) -> Figure | None:
     axes.barh(range(len(rows)), [value - 1 for value in values], left=1, xerr=spread, ecolor=_INK,
               color=[_COLOUR[r["verdict"]] for r in ratios])  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x", color=_PALE, linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.margins(x=0.1)
     axes.set_yticks(range(len(rows)), [f"{row['unit']}, {row['pass']}, {row['track']}" for row in rows])
+    for i in range(1, len(kinds)):
+        if kinds[i] != kinds[i - 1]:
+            axes.axhline(len(kinds) - i - 0.5, color=_GREY, linewidth=0.6)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.axvline(1, color=_INK, linewidth=1)
     for i, ratio in enumerate(ratios):
@@ -174,12 +192,16 @@ def _roofline(run: Results) -> Figure | None:
         x = [row["flops"] / row["bytes"] for row in mine]
         for side, fill in (("baseline", "none"), ("ours", colour)):
             y = [row["flops"] / _time(row, side) * 1e3 for row in mine]
-            axes.scatter(x, y, s=20, facecolor=fill, edgecolor=colour, marker="D", label=f"{side}, {track}", zorder=3)
+            axes.scatter(
+                x, y, s=16 if side == "ours" else 34, facecolor=fill, edgecolor=colour, linewidth=0.8,
+                alpha=0.8, marker="D", label=f"{side}, {track}", zorder=3,
+            )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOP a byte", fontsize=9, color=_INK)
+    axes.set_xlabel("FLOP a byte (layers with matrix products)", fontsize=9, color=_INK)
     axes.set_ylabel("FLOP/s", fontsize=9, color=_INK)
-    axes.grid(color="#e2e8f0", linewidth=0.6)
+    axes.grid(color=_PALE, linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -205,14 +227,24 @@ def _throughput(run: Results) -> Figure | None:
         lines.setdefault((row["variant"], row["pass"], row["track"]), []).append(row)
     for i, (key, points) in enumerate(lines.items()):
         batches = [row["batch"] for row in points]
-        for side, style, fill in (("ours", "-", f"C{i}"), ("baseline", (0, (4, 2)), "white")):
+        for side, style, fill, size in (("ours", "-", f"C{i}", 7), ("baseline", (0, (4, 2)), "white", 4)):
             rate = [row["batch"] / _time(row, side) * 1e3 for row in points]
             label = ", ".join(key) if side == "ours" else None
-            axes.plot(batches, rate, color=f"C{i}", linestyle=style, marker="o", markerfacecolor=fill, label=label)
+            axes.plot(
+                batches,
+                rate,
+                color=f"C{i}",
+                linestyle=style,
+                marker="o",
+                markersize=size,
+                markerfacecolor=fill,
+                label=label,
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["batch"] for row in rows}), labels=[str(b) for b in sorted({r["batch"] for r in rows})])
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("batch (filled, solid: ours; hollow, dashed: the best baseline)", fontsize=9, color=_INK)
-    axes.grid(axis="y", color="#e2e8f0", linewidth=0.6)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("batch (large, solid: ours; small and hollow, dashed: the best baseline)", fontsize=9, color=_INK)
+    axes.grid(axis="y", color=_PALE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
