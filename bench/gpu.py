@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import shutil
@@ -59,6 +60,20 @@ class Step:
 
 def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
+
+
+def _build(job: Job) -> list[list[str]]:
+    return [_python("setup.py", "-q", "build_ext", "--inplace")]
+
+
+def _no_build() -> str | None:
+    """Both libraries younger than their sources, or nothing to build them with."""
+    sources = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    built = [ROOT / "alexnet_kernels" / f"_{name}.abi3.so" for name in ("cpu", "cuda")]
+    youngest = max(path.stat().st_mtime for path in sources)
+    if all(path.is_file() and path.stat().st_mtime >= youngest for path in built):
+        return "built already"
+    return None if importlib.util.find_spec("setuptools") else "this Python has no setuptools"
 
 
 def _tests(job: Job) -> list[list[str]]:
@@ -107,23 +122,31 @@ def _compare(job: Job) -> list[list[str]]:
 
 # Most important first: is it right, what could the card do, the kernels that exist, then everything else.
 STEPS = (
-    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 50, "full": 110}, _tests),
+    Step(
+        "build",
+        "the compiled libraries, as far as this machine can; what it cannot is left out of the rest",
+        {"quick": 30, "full": 40},
+        _build,
+        why_not=_no_build,
+        environment=(("ALEXNET_KERNELS_BUILD", "auto"),),
+    ),
+    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 40, "full": 100}, _tests),
     Step(
         "ceilings",
-        "matmul bf16, tf32, fp32; device copy; L2 read",
+        "matmul bf16, tf32, fp32; device copy; L2 read; a launch on the host",
         {"quick": 20, "full": 25},
-        _bench("test_ceilings.py"),
+        _bench("test_ceilings.py", "bench/test_launch.py"),
     ),
     Step(
         "lrn",
         "LRN and LRN with pooling, forward and backward, against torch, torch.compile and cuDNN's own",
-        {"quick": 40, "full": 75},
+        {"quick": 35, "full": 70},
         _bench("test_layers.py", "-k", "norm"),
     ),
     Step(
         "sanitizer",
         "compute-sanitizer memcheck and racecheck of every kernel on small cases",
-        {"quick": 40, "full": 66},
+        {"quick": 35, "full": 60},
         _sanitizer,
         why_not=_no_sanitizer,
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
@@ -131,16 +154,16 @@ STEPS = (
     Step(
         "layers",
         "every other layer and fused group: convolutions in both layouts and as split towers, pooling, fc",
-        {"quick": 30, "full": 119},
+        {"quick": 25, "full": 110},
         _bench("test_layers.py", "-k", "not norm"),
     ),
     Step(
         "model",
         "paper and torchvision networks: inference, training step, two devices, memory, first call, compile time",
-        {"quick": 25, "full": 75},
+        {"quick": 25, "full": 70},
         _bench("test_model.py"),
     ),
-    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 20, "full": 55}, _compare),
+    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 15, "full": 50}, _compare),
 )
 FIGURES = ("speedup", "roofline", "throughput")
 FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json", "report.md", *(f"<gpu>-{name}.png" for name in FIGURES))

@@ -199,7 +199,7 @@ def against_ceilings(row: Row, ceilings: Mapping[str, float]) -> Row:
     ``ceilings`` are operations a second by track, and bytes a second as ``"copy"``. Only what was measured is used.
     """
     name = row.get("ours") or row.get("baseline")
-    if name is None or "milliseconds" not in row["contenders"].get(name, {}):
+    if name is None or "flops" not in row or "milliseconds" not in row["contenders"].get(name, {}):
         return {}
     seconds = row["contenders"][name]["milliseconds"] / 1e3
     peak, copy = ceilings.get({"amp": "bf16"}.get(row["track"], row["track"])), ceilings.get("copy")
@@ -226,7 +226,7 @@ def summary(measured: Sequence[Row]) -> str:
         if row.get("section") == "ceilings"
     ]
     for row in measured:
-        if row.get("section") not in ("layers", "model"):
+        if row.get("section") not in ("layers", "model", "launch"):
             continue
         head = f"{row['case']:44}"
         bad = [f"{n} {c['status']}" for n, c in row["contenders"].items() if c["status"] != "ok"]

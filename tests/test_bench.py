@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,7 +240,23 @@ def test_a_failing_step_does_not_stop_the_rest(tmp_path: Path) -> None:
 
 def test_a_small_budget_takes_the_most_important() -> None:
     planned = gpu.plan(gpu.STEPS, "full", 120.0)
-    assert [own for _, own in planned] == [110.0, 10.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [own for _, own in planned] == [40.0, 80.0, *[0.0] * (len(gpu.STEPS) - 2)]
+
+
+def test_libraries_are_built_where_they_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "alexnet_kernels").mkdir()
+    for number, name in enumerate(
+        ("setup.py", "csrc/a.cu", "alexnet_kernels/_cpu.abi3.so", "alexnet_kernels/_cuda.abi3.so")
+    ):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (number, number))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu._no_build() == "built already"
+    os.utime(tmp_path / "csrc/a.cu", (9, 9))
+    assert gpu._no_build() is None
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    assert gpu._no_build() == "this Python has no setuptools"
 
 
 @pytest.mark.parametrize("code", ["print('hello'); raise SystemExit(3)", "import time; time.sleep(60)"])

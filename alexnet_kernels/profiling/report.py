@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NOTHING = "not measured"
 _GREEN, _RED, _GREY, _INK, _PALE = "#2f855a", "#c53030", "#a0aec0", "#2d3748", "#e2e8f0"
 _COLOUR = {"faster": _GREEN, "slower": _RED, "tie": _GREY}
-_SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks"}
+_SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks", "launch": "One launch, on the host"}
 
 
 def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:

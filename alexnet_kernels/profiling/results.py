@@ -1,8 +1,8 @@
 """Result files of benchmarks: ``<folder>/<gpu or cpu>/<date>-<digest of the measured sources>.json``, written once.
 
-A row is a dictionary with ``section`` (``"ceilings"``, ``"layers"``, ``"model"`` ...) and ``case``; rows of the last two
-have ``contenders``, name to ``{"status": "ok" | "wrong" | "failed", "milliseconds": ...}``, and, where both sides were
-right, ``ours``, ``baseline`` and ``ratio``. A contender that is not ``"ok"`` never has a time that counts.
+A row is a dictionary with ``section`` (``"ceilings"``, ``"layers"``, ``"model"``, ``"launch"`` ...) and ``case``; rows of all
+but the first have ``contenders``, name to ``{"status": "ok" | "wrong" | "failed", "milliseconds": ...}``, and, where both sides
+were right, ``ours``, ``baseline`` and ``ratio``. A contender that is not ``"ok"`` never has a time that counts.
 """
 
 from __future__ import annotations
