@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import lrn, pool
-from ._launch import Config, Launch, plane_block, plane_index, run, tuned
+from ._launch import Config, Launch, cdiv, plane_block, plane_index, run, tuned
 from ._response import eight_forward, power_of, ring_block, sum_of_five, write_planes
 from ._tile import activate, activated_planes, keep, near, read, read_bias, split_lane
 from .fused_backward import activated
@@ -168,9 +168,9 @@ def plan_strip(
     images, channels, height, width = x.shape
     rows, columns = y.shape[2:]
     width_of = 16 // x.element_size()
-    pairs, vectors = triton.cdiv(columns, 2), channels // width_of
-    many = images * triton.cdiv(rows, _ROWS) * pairs * vectors >= _FEW * config.block
-    strips = (triton.cdiv(rows, _ROWS if many else 1), pairs, vectors)
+    pairs, vectors = cdiv(columns, 2), channels // width_of
+    many = images * cdiv(rows, _ROWS) * pairs * vectors >= _FEW * config.block
+    strips = (cdiv(rows, _ROWS if many else 1), pairs, vectors)
     plane = strips[0] * strips[1] * strips[2]
     constants = {
         "SIZES": (height, width, vectors, width_of),
@@ -187,7 +187,7 @@ def plan_strip(
     }
     args = (x, x if bias is None else bias, y, place, images * plane, scale, k)
     work = config.block * width_of * (2 * constants["ROWS"] * 4)
-    return Launch(_strip_forward, (triton.cdiv(images * plane, config.block),), args, constants, config.num_warps, work)
+    return Launch(_strip_forward, (cdiv(images * plane, config.block),), args, constants, config.num_warps, work)
 
 
 def plan_ring(
@@ -196,7 +196,7 @@ def plan_ring(
     """The launch that normalises a contiguous ``x``, biased and clipped first where asked, into ``y``."""
     config = tuned("fused", x.device).get("ring_normalise", CONFIGS["ring_normalise"])
     pixels, channels = x.shape[2:].numel(), x.shape[1] // groups
-    blocks = triton.cdiv(pixels, config.block)
+    blocks = cdiv(pixels, config.block)
     constants = {
         "CHANNELS": channels,
         "GROUPS": groups,

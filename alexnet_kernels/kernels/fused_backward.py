@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import lrn, pool
-from ._launch import Config, Launch, plane_block, plane_index, run, tuned
+from ._launch import Config, Launch, cdiv, plane_block, plane_index, run, tuned
 from ._response import eight_backward, fives, power_of, ring_block, sum_of_five, terms, write_planes
 from ._tile import activate, activated_planes, columns, near, read, split_lane, tile_of
 from .pool import DTYPES, Window
@@ -245,13 +245,13 @@ def plan_vector(
     images, channels, height, width = x.shape
     vector = 16 // x.element_size()
     inner = channels // vector
-    cells = (triton.cdiv(height + window[4], window[2]), triton.cdiv(width + window[5], window[3]), inner)
+    cells = (cdiv(height + window[4], window[2]), cdiv(width + window[5], window[3]), inner)
     plane = cells[0] * cells[1] * inner
-    blocks = programs = triton.cdiv(images * plane, config.block)
+    blocks = programs = cdiv(images * plane, config.block)
     turn = inner // math.gcd(inner, config.block)  # so many blocks bring a lane back to its channels
-    steps = min(_STEPS, max(1, triton.cdiv(blocks, turn))) if summed else 1
+    steps = min(_STEPS, max(1, cdiv(blocks, turn))) if summed else 1
     if summed:
-        programs = triton.cdiv(triton.cdiv(blocks, steps), turn) * turn
+        programs = cdiv(cdiv(blocks, steps), turn) * turn
     sums = programs * config.block // inner if summed else 0
     partial = torch.empty((sums, channels), dtype=torch.float32, device=x.device)
     constants = {
@@ -280,7 +280,7 @@ def plan_ring(
     """The launch for contiguous tensors, and the partial sums for the bias [N, groups, blocks, C / groups] that it writes."""
     config = tuned("fused_backward", x.device).get("ring_gradient", CONFIGS["ring_gradient"])
     channels = x.shape[1] // groups
-    blocks = triton.cdiv(x.shape[2:].numel(), config.block)
+    blocks = cdiv(x.shape[2:].numel(), config.block)
     shape = (x.shape[0] if summed else 0, groups, blocks, channels)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     constants = {

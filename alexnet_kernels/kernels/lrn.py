@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, Launch, block_of, index_type, run, tuned
+from ._launch import Config, Launch, block_of, cdiv, index_type, run, tuned
 from ._response import eight_backward, eight_forward, power_of, ring_block, terms, write_planes
 from ._tile import read, read_channels, write_channels
 
@@ -210,15 +210,15 @@ def plan(tensors: tuple[Tensor, ...], size: int, scale: float, beta: float, k: f
     constants = {"CHANNELS": channels, "BETA": float(beta), "BLOCK": block}
     sizes: tuple[int, ...]
     if form == "vector":
-        programs, work = triton.cdiv(elements // 8, block), 8 * block
+        programs, work = cdiv(elements // 8, block), 8 * block
         sizes = (elements // 8,)
         constants["VECTORS"] = constants.pop("CHANNELS") // 8
     elif form == "ring":
-        blocks = triton.cdiv(pixels, block)
+        blocks = cdiv(pixels, block)
         programs, work = x.shape[0] * groups * blocks, channels * block
         sizes = (pixels, blocks)
     else:
-        programs, work = triton.cdiv(elements, block), block
+        programs, work = cdiv(elements, block), block
         sizes = (elements, 1 if innermost else pixels)
         reach = {"BEFORE": min(size // 2, channels), "AFTER": min((size - 1) // 2, channels)}
         constants |= reach | {"INDEX": index_type(elements + block)}

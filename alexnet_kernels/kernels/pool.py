@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, Launch, plane_block, plane_index, run, tuned
+from ._launch import Config, Launch, cdiv, plane_block, plane_index, run, tuned
 from ._tile import activate, keep, split_lane
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -236,7 +236,7 @@ def plan_forward(
         "BLOCK": config.block,
     }
     tensors = (x, x if bias is None else bias, y, place)
-    grid = (triton.cdiv(planes * plane, config.block),)
+    grid = (cdiv(planes * plane, config.block),)
     return Launch(_pool_forward, grid, (*tensors, planes * plane), constants, config.num_warps, vector * config.block)
 
 
@@ -245,7 +245,7 @@ def plan_backward(grad: Tensor, place: Tensor, dx: Tensor, window: Window) -> La
     kh, kw, sh, sw, ph, pw, dh, dw = window
     planes, inner, vector = _vectors(dx)
     (height, width), (rows, columns) = dx.shape[2:], grad.shape[2:]
-    cells = (triton.cdiv(height + ph, sh), triton.cdiv(width + pw, sw), inner)
+    cells = (cdiv(height + ph, sh), cdiv(width + pw, sw), inner)
     fits = dh == dw == 1 and sh * sw <= 9 and kh * kw <= _UNROLLED
     kernel = _cell_backward if fits else _general_backward
     name = kernel.fn.__name__.lstrip("_")
@@ -262,7 +262,7 @@ def plan_backward(grad: Tensor, place: Tensor, dx: Tensor, window: Window) -> La
     elements = dx.numel() // max(planes, 1)
     constants["INDEX"] = plane_index(planes * plane, plane, max(elements, grad.numel() // max(planes, 1)), config.block)
     work = config.block * vector * (sh * sw if fits else 1)
-    grid = (triton.cdiv(planes * plane, config.block),)
+    grid = (cdiv(planes * plane, config.block),)
     return Launch(kernel, grid, (grad, place, dx, planes * plane), constants, config.num_warps, work)
 
 
