@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -19,19 +20,29 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def build(tmp_path: Path):
-    """``python setup.py build`` of a copy, into ``tmp_path/lib``."""
+def copy(tmp_path: Path) -> Path:
+    """What a distribution is made from, nothing built."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "alexnet_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_*.txt", "__pycache__"))
+    return copy
+
+
+def python(*arguments: str | Path, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_HOME": "/nowhere", "PIP_NO_INPUT": "1", **variables}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def build(copy: Path, tmp_path: Path):
+    """``python setup.py build`` of a copy, into ``tmp_path/lib``."""
 
     def run(**variables: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-        command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")]
-        environment = {**os.environ, "CUDA_HOME": "/nowhere", **variables}
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
+        done = python("setup.py", "-q", "build", "--build-lib", tmp_path / "lib", cwd=copy, **variables)
         return done, tmp_path / "lib" / "alexnet_kernels"
 
     return run
@@ -103,6 +114,73 @@ def test_on_builds_the_library_and_it_stands_alone(build) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=package.parent
     )
     assert (ran.stdout.strip(), ran.returncode) == ("cpu", 0), ran.stderr
+
+
+def test_the_source_distribution_holds_what_is_compiled(copy: Path, tmp_path: Path) -> None:
+    done = python("setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=copy, ALEXNET_KERNELS_BUILD="off")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(copy).as_posix() for path in (copy / "csrc").rglob("*") if path.is_file()}
+    assert len(sources) > 15 and sources <= names
+    assert {"setup.py", "constraints.txt", "alexnet_kernels/py.typed"} <= names
+    assert not any(name.endswith(".so") for name in names)
+
+
+# What a user runs, in a place of its own.
+USE = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch, alexnet_kernels as ak
+from alexnet_kernels import functional as F
+assert ak.__file__.startswith(sys.argv[1]), ak.__file__
+x = torch.randn(2, 16, 7, 7, requires_grad=True)
+y = torch.nn.functional.max_pool2d(F.local_response_norm(x, 5, k=2.0), 3, 2)
+torch.testing.assert_close(y, torch.nn.functional.max_pool2d(torch.nn.functional.local_response_norm(x, 5, k=2.0), 3, 2))
+y.sum().backward()
+print(ak.explain("local_response_norm", x, 5).backend)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiler", "backend"), [("g++", "cpu"), ("no-such-compiler", "reference")])
+def test_pip_installs_the_wheel_with_and_without_a_compiler(
+    copy: Path, tmp_path: Path, compiler: str, backend: str
+) -> None:
+    """``python -m build`` (the sdist, and the wheel from it), the wheel in a place of its own, and what ``doctor`` says there."""
+    if compiler == "g++" and shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    pytest.importorskip("build")
+    done = python("-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ".", cwd=copy, CXX=compiler)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site = tmp_path / "site"
+    done = python("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert libraries(site / "alexnet_kernels") == (["_cpu.abi3.so"] if backend == "cpu" else [])
+    ran = python("-c", USE, site, cwd=tmp_path, PYTHONPATH=str(site))
+    assert (ran.stdout.strip(), ran.returncode) == (backend, 0), ran.stderr
+    doctor = python("-m", "alexnet_kernels", "doctor", cwd=tmp_path, PYTHONPATH=str(site), COLUMNS="300")
+    said = "cpu: loaded" if backend == "cpu" else "no C++ compiler: no-such-compiler not found"
+    assert doctor.returncode == 0 and said in doctor.stdout, doctor.stdout + doctor.stderr
+
+
+def test_a_missing_symbol_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a library says that was built against another torch."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on PATH")
+    source = "extern void of_another_torch(); void call() { of_another_torch(); }"
+    command = ["g++", "-shared", "-fPIC", "-Wl,-z,now", "-x", "c++", "-", "-o", str(tmp_path / "_cpu.abi3.so")]
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
+    _extension.why_not.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="undefined symbol: .*of_another_torch") as said:
+            results = [F.local_response_norm(torch.ones(1, 4, 2), 3) for _ in range(3)]
+        assert len(said) == 1 and torch.equal(results[0], results[2])
+        assert "of_another_torch" in str(_extension.why_not("cpu"))
+    finally:
+        _extension.why_not.cache_clear()
 
 
 @pytest.mark.parametrize("content", [b"not a library", b""])
