@@ -79,6 +79,7 @@ struct Block {
 
 inline Block* the_block = nullptr;
 inline int order = 0;  // of the turns: 0 forward, 1 reversed, anything else the seed of a shuffle for each round
+inline unsigned first_block = 0;  // along x; those before it do not run, where a tensor's end is all that fits into memory
 
 inline void poison(const uint8_t* address, size_t bytes, bool on) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -276,7 +277,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
     the_block = &b;
     for (b.index.z = 0; b.index.z < grid.z; ++b.index.z) {
         for (b.index.y = 0; b.index.y < grid.y; ++b.index.y) {
-            for (b.index.x = 0; b.index.x < grid.x; ++b.index.x) {
+            for (b.index.x = first_block; b.index.x < grid.x; ++b.index.x) {
                 run_block(b, turns, random);
             }
         }

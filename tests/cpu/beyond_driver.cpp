@@ -1,6 +1,6 @@
 // The last two tasks of every CPU kernel on tensors of more than 2^31 elements, of which only the pages that they touch
-// exist. Their results must be those of a small tensor that has the same end, bit for bit. Prints "ok N", or what differs;
-// exits 2 where so much address space cannot be had.
+// exist. Their results must be those of a small tensor that has the same end, bit for bit. Prints "ok N", or what
+// differs; exits 2 where so much address space cannot be had.
 
 #include <sys/mman.h>
 

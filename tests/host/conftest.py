@@ -36,6 +36,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O0", *SANITIZERS])
 
 
+@pytest.fixture(scope="session")
+def beyond(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "beyond"
+    return build(target, [*KERNELS, "tests/host/beyond_driver.cpp"], ["-O1", "-fsanitize=undefined", SANITIZERS[1]])
+
+
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
 def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
     sanitize = request.param == "sanitized"
