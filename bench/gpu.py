@@ -79,7 +79,10 @@ def _no_build() -> str | None:
 def _tests(job: Job) -> list[list[str]]:
     marks = "(gpu or two_gpu) and not slow" if job.profile == "quick" else "gpu or two_gpu"
     slow = [] if job.profile == "quick" else ["--run-slow"]
-    return [_python("-m", "pytest", "tests", "-q", "-ra", "-p", "no:cacheprovider", "-m", marks, *slow)]
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))
+    folders = ["tests/profiling", "tests/kernels"]  # the last for longest: each of its tests is a compilation or more
+    options = ["-q", "-ra", "-p", "no:cacheprovider", "-m", marks, *slow]
+    return [_python("-m", "pytest", *files, *folders, *options)]
 
 
 def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Job], list[list[str]]]:
@@ -99,12 +102,15 @@ def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Jo
     return command
 
 
+def _kernels(job: Job) -> list[list[str]]:
+    return [_python("-m", "bench.small_cases", "--all-cores")]
+
+
 def _sanitizer(job: Job) -> list[list[str]]:
-    """Triton's cache is filled first, by all cores: under a sanitizer nothing should be compiled."""
+    """The step before has filled Triton's cache: under a sanitizer nothing should be compiled."""
     tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    cases = _python("-m", "bench.small_cases", "--seconds", f"{max(1.0, 0.8 * job.seconds / 3 - 5):.0f}")
-    watched = [[tool, "--tool", check, "--error-exitcode", "9", *cases] for check in ("memcheck", "racecheck")]
-    return [_python("-m", "bench.small_cases", "--warm"), *watched]
+    cases = _python("-m", "bench.small_cases", "--seconds", f"{max(1.0, 0.8 * job.seconds / 2 - 5):.0f}")
+    return [[tool, "--tool", check, "--error-exitcode", "9", *cases] for check in ("memcheck", "racecheck")]
 
 
 def _no_sanitizer() -> str | None:
@@ -130,7 +136,13 @@ STEPS = (
         why_not=_no_build,
         environment=(("ALEXNET_KERNELS_BUILD", "auto"),),
     ),
-    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 40, "full": 100}, _tests),
+    Step(
+        "kernels",
+        "every kernel on small cases against fp64, compiled by all cores at once",
+        {"quick": 20, "full": 30},
+        _kernels,
+    ),
+    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 30, "full": 90}, _tests),
     Step(
         "ceilings",
         "matmul bf16, tf32, fp32; device copy; L2 read; a launch on the host",
@@ -146,7 +158,7 @@ STEPS = (
     Step(
         "sanitizer",
         "compute-sanitizer memcheck and racecheck of every kernel on small cases",
-        {"quick": 35, "full": 60},
+        {"quick": 25, "full": 40},
         _sanitizer,
         why_not=_no_sanitizer,
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),

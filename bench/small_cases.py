@@ -1,10 +1,10 @@
 """Every kernel on small tensors, compared with the reference in fp64: what ``compute-sanitizer`` watches in ``make gpu``.
 
-    python -m bench.small_cases [--seconds N] [--warm] [--only WORD]
+    python -m bench.small_cases [--seconds N] [--all-cores] [--only WORD]
 
-Sanitizers are slow, so a map has 63 pixels; none fills its last block. It ends with the names of
-the kernels that ran: one of a file's ``CONFIGS`` that did not is an error. ``--warm`` only fills Triton's cache on disk, all
-cores compiling. Without a GPU the interpreter runs the same cases. Exits 0, or 1.
+Sanitizers are slow, so a map has 63 pixels; none fills its last block. It ends with the names of the kernels that ran: one of
+a file's ``CONFIGS`` that did not is an error. With ``--all-cores`` the cases compile side by side, and Triton's cache on disk
+has them for the next run. Without a GPU the interpreter runs the same cases. Exits 0, or 1.
 """
 
 from __future__ import annotations
@@ -145,34 +145,36 @@ def run(name: str) -> tuple[list[str], set[str]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.small_cases", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after as many")
-    parser.add_argument("--warm", action="store_true", help="only compile, in parallel")
+    parser.add_argument(
+        "--all-cores", action="store_true", help="a process for each core: the cases compile in parallel"
+    )
     parser.add_argument("--only", default="", metavar="WORD", help="cases with WORD in their name")
     arguments = parser.parse_args(argv)
     names = [name for name in cases() if arguments.only in name]
-    if arguments.warm:
+    found: dict[str, tuple[list[str], set[str]]] = {}
+    if arguments.all_cores:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as executor:
-            found = list(executor.map(run, names))
-        return int(any(wrong for wrong, _ in found))
-    begin, wrong, ran, left_out = time.monotonic(), list[str](), set[str](), list[str]()
-    for name in names:
-        if time.monotonic() - begin > arguments.seconds:
-            left_out.append(name)
-            continue
-        found, kernels = run(name)
-        wrong += found
-        ran |= kernels
+            found = dict(zip(names, executor.map(run, names), strict=True))
+    else:
+        begin = time.monotonic()
+        for name in names:
+            if time.monotonic() - begin <= arguments.seconds:
+                found[name] = run(name)
+    left_out = [name for name in names if name not in found]
+    wrong = [line for lines, _ in found.values() for line in lines]
+    ran = set().union(*(kernels for _, kernels in found.values()))
     if not left_out and not arguments.only:
         configured = {f"{family}.{name}" for family, module in FAMILIES.items() for name in module.CONFIGS}
         wrong += [f"{kernel} never ran" for kernel in sorted(configured - ran)]
     if why := why_no_cuda():
         print(f"the CUDA library was left out: {why}")
     print(f"{len(ran)} Triton kernels ran: {', '.join(sorted(ran))}")
-    for line in left_out:
-        print(f"no time for {line}")
+    for name in left_out:
+        print(f"no time for {name}")
     for line in wrong:
         print(f"WRONG {line}")
-    print(f"{len(names) - len(left_out)} of {len(names)} cases, {len(wrong)} errors")
+    print(f"{len(found)} of {len(names)} cases, {len(wrong)} errors")
     return int(bool(wrong))
 
 

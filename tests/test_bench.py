@@ -240,7 +240,7 @@ def test_a_failing_step_does_not_stop_the_rest(tmp_path: Path) -> None:
 
 def test_a_small_budget_takes_the_most_important() -> None:
     planned = gpu.plan(gpu.STEPS, "full", 120.0)
-    assert [own for _, own in planned] == [40.0, 80.0, *[0.0] * (len(gpu.STEPS) - 2)]
+    assert [own for _, own in planned] == [40.0, 30.0, 50.0, *[0.0] * (len(gpu.STEPS) - 3)]
 
 
 def test_libraries_are_built_where_they_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,12 +334,17 @@ def test_a_wrong_kernel_is_an_error(capsys: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.slow
 def test_every_kernel_has_a_small_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert small_cases.main([]) == 0, capsys.readouterr().out
+    assert small_cases.main(["--all-cores", "--only", "lrn size 5 fp32"]) == 0
+    assert "2 of 2 cases, 0 errors" in capsys.readouterr().out
 
 
 def test_the_sanitizers_get_warm_kernels(tmp_path: Path) -> None:
-    commands = gpu._sanitizer(gpu.Job("quick", 40.0, tmp_path, tmp_path, tmp_path / "rows"))
-    assert commands[0][1:] == ["-m", "bench.small_cases", "--warm"]
-    assert [command[2] for command in commands[1:]] == ["memcheck", "racecheck"]
+    job = gpu.Job("quick", 40.0, tmp_path, tmp_path, tmp_path / "rows")
+    steps = {step.name: step.commands(job) for step in gpu.STEPS}
+    assert list(steps).index("kernels") < list(steps).index("sanitizer")
+    assert steps["kernels"][0][1:] == ["-m", "bench.small_cases", "--all-cores"]
+    assert [command[2] for command in steps["sanitizer"]] == ["memcheck", "racecheck"]
+    assert all("bench.small_cases" in command for command in steps["sanitizer"])
 
 
 # ----------------------------------------------------------------------------------------------------------- make tune
