@@ -15,7 +15,8 @@ import torch.nn.functional as TF
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from alexnet_kernels import _extension, reference
+from alexnet_kernels import _extension, reference, use_backend
+from alexnet_kernels import functional as F
 
 pytestmark = pytest.mark.skipif(_extension.why_not("cpu") is not None, reason=str(_extension.why_not("cpu")))
 OPS = torch.ops.alexnet_kernels_cpu
@@ -199,6 +200,44 @@ def test_fused_is_the_parts_in_one(
     terms = exact.abs().sum((0, 2, 3)) + grad.double().abs().sum((0, 2, 3)).max()
     assert bool(((dbias.double() - exact.sum((0, 2, 3))).abs() <= 4 * torch.finfo(x.dtype).eps * terms).all())
     assert OPS.lrn_pool_backward(grad, *arguments, False)[1].shape == (0,)
+
+
+VIEWS = {
+    "slice": lambda x: x[:, :, 1:, ::2],
+    "some channels": lambda x: x[:, 1:],  # starts anywhere, at no multiple of 16 bytes
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+    "flipped dimensions": lambda x: x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
+    "batch inside": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+WHOLE = {
+    "lrn": (F.local_response_norm, lambda x, *norm: torchs_lrn(x, *norm, 1)),
+    "pool": (lambda x, *_: F.max_pool2d(x, 3, 2), lambda x, *_: TF.max_pool2d(x, 3, 2)),
+    "lrn then pool": (F.lrn_max_pool2d, lambda x, *norm: TF.max_pool2d(torchs_lrn(x, *norm, 1), 3, 2)),
+    "pool then lrn": (F.max_pool2d_lrn, lambda x, *norm: torchs_lrn(TF.max_pool2d(x, 3, 2), *norm, 1)),
+}
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.sampled_from(sorted(WHOLE)), st.sampled_from(sorted(VIEWS)), tensors())
+def test_any_strides(name: str, view: str, given_x: tuple[torch.Tensor, int]) -> None:
+    """As a user calls them: the result and the gradient by a tensor that lies in memory in any way."""
+    base = given_x[0]
+    assume(base.shape[1] > 1 and min(base.shape[2:]) >= 6)
+    # a maximum is chosen among rounded values: in bf16 many tie, and fp64, which the gradient is held to, tells them apart
+    assume(name != "lrn then pool" or base.dtype != torch.bfloat16)
+    ours, torchs = WHOLE[name]
+    x = VIEWS[view](base)
+    results = []
+    for call, dtype in ((ours, x.dtype), (torchs, reference.arithmetic_dtype(x.dtype)), (torchs, torch.float64)):
+        leaf = VIEWS[view](base).to(dtype).detach().requires_grad_()
+        with use_backend("cpu"):
+            coefficients = (5, 0.1 * (5 if call is ours else 1), 0.75, 2.0)
+            y = call(leaf, *coefficients)
+            weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(x.dtype).to(dtype)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, weights)))
+    for got, torchs_result, exact in zip(*results, strict=True):
+        check(got, exact.double(), torchs_result)
 
 
 def test_infinity_and_nan_go_where_torchs_do() -> None:

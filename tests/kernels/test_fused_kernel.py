@@ -225,3 +225,26 @@ def test_addresses_beyond_int32(shape: tuple[int, ...], monkeypatch: pytest.Monk
     assert reads == beside(written, 4)
     assert taken == asked and max(asked) == y.numel() - 1
     assert all(beside(taps(e), 2) & written for e in asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("innermost", [True, False])
+@pytest.mark.parametrize("first", [False, True], ids=["after", "first"])
+def test_values_beyond_int32(first: bool, innermost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in memory, some 17 GB: the first and the last image give what they give alone. Pooling's kernels too."""
+    monkeypatch.undo()
+    layout = torch.channels_last if innermost else torch.contiguous_format
+    arguments = (5, SCALE, BETA, K, 2)
+    x = torch.empty(MANY, dtype=torch.bfloat16, device=DEVICE, memory_format=layout).normal_()
+    y, place = kernel.forward(x, None, True, *arguments, PAPER, False, first, True)
+    grad = torch.empty_like(y).normal_()
+    dx, _ = kernel.backward(grad, x, None, place, True, *arguments, PAPER, first, False)
+    for image in (slice(0, 1), slice(-1, None)):
+        alone, own, slope = (laid_out(t[image].clone(), innermost) for t in (x, place, grad))
+        expected, taken = kernel.forward(alone, None, True, *arguments, PAPER, False, first, True)
+        agree = (taken == own).float().mean()  # another division of the work may round another way, and two values tie
+        assert agree > 0.999
+        torch.testing.assert_close(y[image], expected, rtol=2**-7, atol=0)
+        by_x, _ = kernel.backward(slope, alone, None, own, True, *arguments, PAPER, first, False)
+        torch.testing.assert_close(dx[image], by_x, rtol=2**-6, atol=2**-7)

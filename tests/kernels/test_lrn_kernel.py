@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from nowhere import addresses
 from torch import Tensor
 
@@ -107,6 +109,21 @@ def test_every_form(case: tuple[str, tuple[int, ...], bool, int, int]) -> None:
 def test_half_types(case: tuple[str, tuple[int, ...], bool, int, int], dtype: torch.dtype) -> None:
     _, shape, innermost, size, groups = case
     check(*inputs(shape, innermost, dtype), size, SCALE, 0.75, K, groups)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    groups, spatial = (
+        data.draw(st.integers(1, 3)),
+        tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))),
+    )
+    shape = (data.draw(st.integers(1, 3)), groups * data.draw(st.sampled_from([1, 2, 3, 7, 8, 16])), *spatial)
+    innermost = len(spatial) > 1 and data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from(list(EPS)))
+    size, beta = data.draw(st.sampled_from([5, 5, 5, 1, 4, 9])), data.draw(st.sampled_from([0.75, 0.75, 0.5, 1.0]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    check(*inputs(shape, innermost, dtype), size, SCALE, beta, K, groups)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1, 0.6, 2.5])
