@@ -93,8 +93,9 @@ def _strip_forward(
         add = read_bias(bias + inner * WIDTH, ok, left, right, WIDTH)
     p = x + plane * (SIZES[0] * SIZES[1] * STEP)
     p += ((more * SIZES[0] + strip * (2 * ROWS)) * SIZES[1] + pair * 4) * STEP + inner * WIDTH
-    out = plane * (OUTPUT[0] * OUTPUT[1] * STEP)
-    out += ((more * OUTPUT[0] + strip * ROWS) * OUTPUT[1] + pair * 2) * STEP + inner * WIDTH
+    y += plane * (OUTPUT[0] * OUTPUT[1] * STEP)
+    place += plane * (OUTPUT[0] * OUTPUT[1] * STEP)
+    out = ((more * OUTPUT[0] + strip * ROWS) * OUTPUT[1] + pair * 2) * STEP + inner * WIDTH
     v0, t0, v1, t1 = _row_maxima(
         p, add, ok, ok & second, left, right, scale, k, STEP, BETA, BIASED, RELU, PLACED, BLOCK, WIDTH
     )

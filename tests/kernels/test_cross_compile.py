@@ -126,9 +126,6 @@ def test_pool_everywhere(module: str, arch: int) -> None:
     compiled = compile_shipped(f"alexnet_kernels.kernels.{module}", arch)
     assert len(compiled) > 20
     for one in compiled.values():
-        if arch == 80 and one.kernel == "strip_forward" and "float32" in one.label:
-            assert one.spill_bytes <= 8, one  # two values, so that 64 registers suffice: docs/kernels/fused.md
-        else:
-            fits(one)
+        fits(one)
         if arch == 90 and re.search(r"bfloat16 (256x96|.* 96x55x55 window 3-3-2)", one.label):
             keeps_its_limits(one)
