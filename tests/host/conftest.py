@@ -37,6 +37,12 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
+def tensor_core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "tensor_core"
+    return build(target, ["tests/host/tensor_core.cu"], ["-O1", *(SANITIZERS if request.param == "sanitized" else [])])
+
+
+@pytest.fixture(scope="session", params=["plain", "sanitized"])
 def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
     sanitize = request.param == "sanitized"
     target = tmp_path_factory.mktemp("host") / "plants"
