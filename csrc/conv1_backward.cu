@@ -1,0 +1,524 @@
+// The weight and the bias gradient of a convolution 11 x 11, stride 4, of three colours:
+//
+//   dW[o, c, ky, kx] = Σ g[n, oh, ow, o] · v(n, c, 4 oh + ky - pad_top, 4 ow + kx - pad_left)          db[o] = Σ g[n, oh, ow, o]
+//
+// g = grad, zero where a <= 0; v = (x - mean[c]) · scale[c] rounded to the arithmetic type, zero outside the image.
+//
+// As a product on the tensor cores: M = channels o, N = taps, K = pixels (n, oh, ow). A block keeps the whole dW in its
+// registers, takes its share of all output rows one after another, and writes its sums once; a second kernel adds the
+// blocks' sums in their order. Which rows are whose depends on the sizes and on the number of multiprocessors alone.
+//
+// A row of output pixels needs three rows of cells (conv1_backward_device.h). They lie in a ring of four, chunk by chunk, 16
+// bytes a cell (32 of tf32): while three are multiplied the fourth is filled. Eight taps of a chunk under one (dy, dx) are a tile of
+// N; for it the cells of eight neighbouring pixels are 128 bytes in a row, wherever they start: a transposed ldmatrix loads
+// them without a bank conflict and without a copy for each tap. Of 432 taps so laid out 24 lie below the kernel (dy = 2,
+// ry = 3) in chunks of their own, which are left out: 51 tiles, 408 taps for 363.
+//
+// The gradient's row comes by asynchronous copies and is masked in place by the thread that copied it; the image's row passes
+// through registers. Both are asked for before the products of the row before and put down between them.
+#include "conv1_backward_device.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace {
+
+using namespace conv1_grad;
+
+constexpr int kColumns = 56;                        // output pixels of a row that a block takes, at most: 3 · 16 + 8
+constexpr int kCells = kColumns + kWindow - 1;      // under them
+constexpr int kRing = 4;
+constexpr int kChunks = kCell / kChunk, kLastChunks = 5;  // under dy = 0 or 1; under dy = 2, where ry = 3 is no tap
+constexpr int kTiles = kWindow * (2 * kChunks + kLastChunks);
+constexpr int kFewestRows = 2;                      // of a block: its first row costs two more cells' rows
+constexpr int kReduceColumns = 32, kReduceRows = 8;
+static_assert(kCells * kStride <= kThreads, "a thread for each image column");
+
+// ---------------------------------------------------------------------------------------------------- traits
+
+template <ElementType type, int channels> struct Traits {
+    static constexpr ElementType kType = type;
+    static constexpr int kChannels = channels;
+    using Op = Operand<kType>;
+    static constexpr int kBytes = Op::kBytes;
+    static constexpr int kWarpsM = kChannels == 96 ? 2 : 1, kWarpsN = kWarps / kWarpsM;
+    static constexpr int kM = kChannels / 16 / kWarpsM, kN = (kTiles + kWarpsN - 1) / kWarpsN;  // tiles of a warp
+    static constexpr int kLoads = kBytes == 4 ? kN : (kN + 1) / 2;  // an ldmatrix brings two tiles
+    static constexpr int kVectors = kChannels / Op::kVectorSize, kPixels = kThreads / kVectors;  // threads along a row of g
+    static constexpr int kItems = (kColumns + kPixels - 1) / kPixels;
+    static constexpr int kSums = kM * kN * 4 * kThreads, kPartial = kSums + kChannels;  // floats of a block
+    // Shared memory: the ring and 16 zeros, two rows of g, a row of `a`.
+    static constexpr int kCellBytes = kChunk * kBytes, kRowBytes = kCells * kCellBytes, kChunkBytes = kRing * kRowBytes;
+    static constexpr int kZeros = kChunks * kChunkBytes, kImageBytes = kZeros + 128;
+    static constexpr int kPitch = (kChannels + 8) * kBytes, kGradBytes = kColumns * kPitch;
+    static constexpr int kMaskBytes = kColumns * kChannels * kBytes;
+    static constexpr int kSharedBytes = kImageBytes + 2 * kGradBytes + kMaskBytes;
+    static_assert(kM * 16 * kWarpsM == kChannels, "whole tiles of channels");
+    static_assert(kPitch / 16 % 2 == 1 || kBytes == 4, "eight pixels' 16 bytes lie in eight groups of banks");
+    static_assert(kPitch / 4 % 16 == 8 || kBytes == 2, "four pixels' eight words lie in 32 banks");
+    static_assert(kPixels * kChannels * 4 <= kImageBytes, "the bias sums fit over the ring");
+    static_assert(kSharedBytes <= 163 << 10, "an sm_80 has it");
+};
+
+// How output rows lie over blocks: all rows of all strips, a strip being up to 56 columns of an image.
+struct Rows {
+    int64_t total;
+    int strips, columns;  // of an image, of a strip
+};
+
+// ---------------------------------------------------------------------------------------------------- device helpers
+
+// The row of cells that is filled next. Output row `row - 2` is multiplied when it is there, if that is not before `first`.
+struct Cursor {
+    int64_t strip, left;   // left: output rows behind this strip
+    int row, first, last;
+    DEVICE bool multiplies() const { return row >= first + kWindow - 1; }
+};
+
+DEVICE void enter(Cursor& cursor, int64_t strip, int first, int height) {
+    const int rows = cursor.left < height - first ? static_cast<int>(cursor.left) : height - first;
+    cursor.strip = strip;
+    cursor.row = cursor.first = first;
+    cursor.last = first + rows + kWindow - 2;
+    cursor.left -= rows;
+}
+
+DEVICE bool advance(Cursor& cursor, int height) {
+    if (cursor.row < cursor.last) {
+        ++cursor.row;
+        return true;
+    }
+    if (cursor.left > 0) {
+        enter(cursor, cursor.strip + 1, 0, height);
+        return true;
+    }
+    return false;
+}
+
+// Where the cursor's row lies.
+struct Place {
+    int64_t image;
+    int column, width;  // the strip's first output pixel, and how many
+};
+
+DEVICE Place place_of(const Cursor& cursor, const Rows& rows, int out_width) {
+    Place place;
+    place.image = cursor.strip / rows.strips;
+    place.column = static_cast<int>(cursor.strip % rows.strips) * rows.columns;
+    place.width = out_width - place.column < rows.columns ? out_width - place.column : rows.columns;
+    return place;
+}
+
+// A thread's column of the image through a row of cells: is it there?
+struct Column {
+    bool wanted, inside;
+    int w, h;  // h: of ry = 0
+};
+
+DEVICE Column column_of(const Conv1Backward& p, const Cursor& cursor, const Place& place) {
+    Column column;
+    const int t = threadIdx.x;
+    column.w = kStride * place.column + t - p.in.pad_left;
+    column.h = kStride * cursor.row - p.in.pad_top;
+    column.wanted = t < kStride * (place.width + kWindow - 1);
+    column.inside = column.wanted && column.w >= 0 && column.w < p.in.width;
+    return column;
+}
+
+template <class Raw> DEVICE void load_column(uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column,
+                                             const Place& place) {
+    const Raw* x = static_cast<const Raw*>(p.in.x) + place.image * p.in.image_stride;
+    const int at = column.h * p.in.row_stride + column.w * p.in.column_stride;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+        const int ry = run / kColors, h = column.h + ry;
+        const bool inside = column.inside && h >= 0 && h < p.in.height;
+        raw[run] = inside ? x[at + ry * p.in.row_stride + run % kColors * p.in.plane_stride] : 0;
+    }
+}
+
+DEVICE void load_image(uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column, const Place& place) {
+    switch (p.in.source) {
+        case Conv1Source::kFloat32: return load_column<uint32_t>(raw, p, column, place);
+        case Conv1Source::kFloat16:
+        case Conv1Source::kBFloat16: return load_column<uint16_t>(raw, p, column, place);
+        case Conv1Source::kUint8: return load_column<uint8_t>(raw, p, column, place);
+    }
+}
+
+DEVICE float to_float(uint32_t raw, Conv1Source source) {
+    switch (source) {
+        case Conv1Source::kFloat16: return half_to_float(raw);
+        case Conv1Source::kBFloat16: return as_float(raw << 16);
+        case Conv1Source::kUint8: return static_cast<float>(raw);
+        default: return as_float(raw);
+    }
+}
+
+// Normalised and rounded, into a row of the ring.
+template <class T>
+DEVICE void store_image(uint8_t* row, const uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column) {
+    if (!column.wanted) {
+        return;
+    }
+    uint8_t* cell = row + threadIdx.x / kStride * T::kCellBytes + threadIdx.x % kStride * T::kBytes;
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+        const int c = run % kColors, h = column.h + run / kColors;
+        const bool inside = column.inside && h >= 0 && h < p.in.height;
+        float value = to_float(raw[run], p.in.source);
+        if (p.in.mean != nullptr) {
+            value = (value - p.in.mean[c]) * p.in.scale[c];
+        }
+        T::Op::put(cell + run / 2 * T::kChunkBytes + run % 2 * kStride * T::kBytes, inside ? T::Op::round(value) : 0);
+    }
+}
+
+// A row of the gradient, and of `a`, on their way; zeros behind the last pixel.
+template <class T>
+DEVICE void copy_gradient(uint8_t* grad, uint8_t* a, const Conv1Backward& p, const Cursor& cursor, const Place& place) {
+    const int vector = threadIdx.x % T::kVectors, first = threadIdx.x / T::kVectors;
+    if (first >= T::kPixels) {
+        return;
+    }
+    const int64_t row = (place.image * p.out_height + cursor.row - (kWindow - 1)) * p.out_width + place.column;
+    const int64_t at = row * T::kChannels * T::kBytes + vector * 16;
+#pragma unroll
+    for (int item = 0; item < T::kItems; ++item) {
+        const int pixel = first + item * T::kPixels;
+        const int64_t from = at + pixel * T::kChannels * T::kBytes;
+        if (pixel < kColumns) {
+            const bool wanted = pixel < place.width;
+            copy_async_16(grad + pixel * T::kPitch + vector * 16, static_cast<const uint8_t*>(p.grad) + from, wanted);
+            if (p.a != nullptr) {
+                copy_async_16(a + (pixel * T::kVectors + vector) * 16, static_cast<const uint8_t*>(p.a) + from, wanted);
+            }
+        }
+    }
+    copy_async_commit();
+}
+
+// What this thread copied becomes operands; its eight channels' bias sums grow.
+template <class T>
+DEVICE void prepare_gradient(uint8_t* grad, const uint8_t* a, bool masked, float (&bias)[T::Op::kVectorSize]) {
+    const int vector = threadIdx.x % T::kVectors, first = threadIdx.x / T::kVectors;
+    copy_async_wait<0>();
+#pragma unroll
+    for (int item = 0; item < T::kItems; ++item) {
+        const int pixel = first + item * T::kPixels;
+        if (first < T::kPixels && pixel < kColumns) {
+            uint32_t words[4];
+            prepare<T::kType>(words, grad + pixel * T::kPitch + vector * 16,
+                              masked ? a + (pixel * T::kVectors + vector) * 16 : nullptr);
+#pragma unroll
+            for (int i = 0; i < T::Op::kVectorSize; ++i) {
+                const uint32_t w = words[i * T::kBytes / 4];
+                bias[i] += i % T::Op::E::kPerWord == 0 ? T::Op::E::first(w) : T::Op::E::second(w);
+            }
+        }
+    }
+}
+
+// A tile's place in the map: cells it is shifted by, and its chunk. Tiles that are not there are the last one again.
+struct Tile {
+    int dy, dx, chunk;
+};
+
+DEVICE Tile tile_of(int index) {
+    index = index < kTiles ? index : kTiles - 1;
+    Tile tile;
+    tile.dy = index / (kWindow * kChunks);
+    const int rest = index - tile.dy * kWindow * kChunks, chunks = tile.dy == kWindow - 1 ? kLastChunks : kChunks;
+    tile.dx = rest / chunks;
+    tile.chunk = rest % chunks;
+    return tile;
+}
+
+template <class T> using Sums = float[T::kM][T::kN][4];
+
+// Adds the products of up to 16 pixels (8 of tf32, or where kHalf) from pixel `at` on. `tiles` are offsets in the ring. Pixels
+// at and behind `width` have no gradient, but their cells may hold what times zero is not zero: zeros are multiplied instead.
+template <class T, bool kHalf>
+DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, const int (&tiles)[T::kLoads], int at,
+                     int width) {
+    const int lane = threadIdx.x % kWarpLanes;
+    uint32_t a[T::kM][4];
+    if constexpr (T::kBytes == 4) {
+        const int g = lane / 4, q = lane % 4;
+        const bool inside[2] = {at + q < width, at + q + 4 < width};
+        const uint8_t* first = grad + (at + q) * T::kPitch + g * 4;
+#pragma unroll
+        for (int i = 0; i < T::kM * 4; ++i) {
+            a[i / 4][i % 4] = word(first + i % 4 / 2 * 4 * T::kPitch + (i / 4 * 16 + i % 2 * 8) * 4);
+        }
+#pragma unroll
+        for (int n = 0; n < T::kN; ++n) {
+            const uint8_t* cell = image + tiles[n] + at * T::kCellBytes;
+            const uint32_t b0 = inside[0] ? word(cell) : 0, b1 = inside[1] ? word(cell + 4 * T::kCellBytes) : 0;
+#pragma unroll
+            for (int m = 0; m < T::kM; ++m) {
+                T::Op::multiply(sums[m][n], a[m], b0, b1);
+            }
+        }
+    } else {
+        const bool inside = at + lane % 16 < width;
+        const uint8_t* first = grad + (at + lane % 8 + (kHalf ? 0 : lane / 16 * 8)) * T::kPitch + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int m = 0; m < T::kM; ++m) {
+            load_matrix_x4_transposed(a[m], first + m * 32);
+        }
+#pragma unroll
+        for (int i = 0; i < T::kLoads; ++i) {
+            uint32_t b[4];
+            load_matrix_x4_transposed(b, image + (inside ? tiles[i] + at * T::kCellBytes : T::kZeros));
+#pragma unroll
+            for (int n = 2 * i; n < 2 * i + 2 && n < T::kN; ++n) {
+#pragma unroll
+                for (int m = 0; m < T::kM; ++m) {
+                    if constexpr (kHalf) {
+                        T::Op::multiply_half(sums[m][n], a[m], b[n % 2 * 2]);
+                    } else {
+                        T::Op::multiply(sums[m][n], a[m], b[n % 2 * 2], b[n % 2 * 2 + 1]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Offsets of the warp's tiles in the ring without the row, which turns; dy in the low bits.
+template <class T> DEVICE void locate(int (&tiles)[T::kLoads]) {
+    const int lane = threadIdx.x % kWarpLanes, warp_n = threadIdx.x / kWarpLanes % T::kWarpsN;
+    const int inner = T::kBytes == 4 ? lane % 4 * T::kCellBytes : lane % 16 * T::kCellBytes;
+#pragma unroll
+    for (int i = 0; i < T::kLoads; ++i) {
+        const Tile tile = tile_of(warp_n * T::kN + (T::kBytes == 4 ? i : 2 * i + lane / 16));
+        tiles[i] = (tile.chunk * T::kChunkBytes + tile.dx * T::kCellBytes + inner) | tile.dy;
+    }
+}
+
+template <class T> DEVICE void turn(int (&turned)[T::kLoads], const int (&tiles)[T::kLoads], int filled) {
+    const int column = T::kBytes == 4 ? threadIdx.x % kWarpLanes / 4 * 4 : 0;  // tf32: its tap in the chunk
+#pragma unroll
+    for (int i = 0; i < T::kLoads; ++i) {
+        const int row = filled + kRing - (kWindow - 1) + tiles[i] % 4;
+        turned[i] = (tiles[i] & ~3) + row % kRing * T::kRowBytes + column;
+    }
+}
+
+// The block's sums, each register of all threads side by side, then the bias over the threads of a channel in their order.
+template <class T>
+DEVICE void write_partial(const Conv1Backward& p, float* sums_of_pixels, const Sums<T>& sums,
+                          const float (&bias)[T::Op::kVectorSize]) {
+    float* partial = static_cast<float*>(p.workspace) + static_cast<int64_t>(blockIdx.x) * T::kPartial;
+    const int t = threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < T::kM * T::kN * 4; ++i) {
+        partial[i * kThreads + t] = sums[i / 4 / T::kN][i / 4 % T::kN][i % 4];
+    }
+    if (t < T::kPixels * T::kVectors) {
+#pragma unroll
+        for (int i = 0; i < T::Op::kVectorSize; ++i) {
+            sums_of_pixels[t * T::Op::kVectorSize + i] = bias[i];
+        }
+    }
+    __syncthreads();
+    if (t < T::kChannels) {
+        float total = 0;
+        for (int pixel = 0; pixel < T::kPixels; ++pixel) {
+            total += sums_of_pixels[pixel * T::kChannels + t];
+        }
+        partial[T::kSums + t] = total;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- kernels
+
+template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradient(Conv1Backward p, Rows rows) {
+    DYNAMIC_SHARED(uint8_t, image, 0, T::kImageBytes);
+    DYNAMIC_SHARED(uint8_t, grads, T::kImageBytes, 2 * T::kGradBytes);
+    DYNAMIC_SHARED(uint8_t, a, T::kImageBytes + 2 * T::kGradBytes, T::kMaskBytes);
+    const int warp_m = threadIdx.x / kWarpLanes / T::kWarpsN;
+
+    const int64_t begin = rows.total * blockIdx.x / gridDim.x, end = rows.total * (blockIdx.x + 1) / gridDim.x;
+    Cursor cursor;
+    cursor.left = end - begin;
+    enter(cursor, begin / p.out_height, static_cast<int>(begin % p.out_height), p.out_height);
+
+    Sums<T> sums = {};
+    float bias[T::Op::kVectorSize] = {};
+    int tiles[T::kLoads];
+    locate<T>(tiles);
+    if (threadIdx.x < 4) {
+        reinterpret_cast<uint32_t*>(image + T::kZeros)[threadIdx.x] = 0;
+    }
+    uint32_t raw[kRuns];
+    {
+        const Place place = place_of(cursor, rows, p.out_width);
+        const Column column = column_of(p, cursor, place);
+        load_image(raw, p, column, place);
+        store_image<T>(image, raw, p, column);
+    }
+    bool more = true;
+    for (int step = 0; more; ++step) {
+        __syncthreads();
+        const bool multiplies = cursor.multiplies();
+        const int width = multiplies ? place_of(cursor, rows, p.out_width).width : 0;
+        more = advance(cursor, p.out_height);
+        const Place place = place_of(cursor, rows, p.out_width);
+        const Column column = column_of(p, cursor, place);
+        uint8_t *grad = grads + step % 2 * T::kGradBytes + warp_m * T::kM * 16 * T::kBytes;
+        uint8_t *next = grads + (step + 1) % 2 * T::kGradBytes;
+        if (more) {
+            load_image(raw, p, column, place);
+            if (cursor.multiplies()) {
+                copy_gradient<T>(next, a, p, cursor, place);
+            }
+        }
+        int turned[T::kLoads];
+        turn<T>(turned, tiles, step);
+        int at = 0;
+        for (; at + (T::kBytes == 4 ? 0 : 8) < width; at += T::Op::kDepth) {
+            multiply<T, false>(sums, grad, image, turned, at, width);
+        }
+        if (more) {
+            store_image<T>(image + (step + 1) % kRing * T::kRowBytes, raw, p, column);
+            if (cursor.multiplies()) {
+                prepare_gradient<T>(next, a, p.a != nullptr, bias);
+            }
+        }
+        if constexpr (T::kBytes == 2) {
+            if (at < width) {
+                multiply<T, true>(sums, grad, image, turned, at, width);
+            }
+        }
+    }
+    __syncthreads();
+    write_partial<T>(p, reinterpret_cast<float*>(image), sums, bias);
+}
+
+// How the sums of a block lie in its partial.
+struct Layout {
+    int blocks, warps_n, m, n;
+};
+
+// dW and db: a column of the block is one sum; its row r adds blocks r, r + 8, ..., then the rows are added in their order.
+template <ElementType kType> __global__ void __launch_bounds__(kReduceColumns * kReduceRows)
+reduce_partials(Conv1Backward p, Layout layout) {
+    STATIC_SHARED(float, totals, kReduceRows * kReduceColumns);
+    const int sums = layout.m * layout.n * 4 * kThreads, length = sums + p.channels;
+    const int column = threadIdx.x, row = threadIdx.y, at = blockIdx.x * kReduceColumns + column;
+    const float* partial = static_cast<const float*>(p.workspace) + at;
+    float total = 0;
+    for (int block = row; at < length && block < layout.blocks; block += kReduceRows) {
+        total += partial[static_cast<int64_t>(block) * length];
+    }
+    totals[row * kReduceColumns + column] = total;
+    __syncthreads();
+    if (row > 0 || at >= length) {
+        return;
+    }
+    for (int r = 1; r < kReduceRows; ++r) {
+        total += totals[r * kReduceColumns + column];
+    }
+    if (at >= sums) {
+        if (p.db != nullptr) {
+            store_one<kType>(p.db, at - sums, total);
+        }
+        return;
+    }
+    const int thread = at % kThreads, i = at / kThreads, lane = thread % kWarpLanes, warp = thread / kWarpLanes;
+    const int index = warp % layout.warps_n * layout.n + i / 4 % layout.n;
+    const int o = (warp / layout.warps_n * layout.m + i / 4 / layout.n) * 16 + lane / 4 + i % 4 / 2 * 8;
+    const Tile tile = tile_of(index);
+    const int tap = lane % 4 * 2 + i % 2, run = tile.chunk * 2 + tap / kStride;
+    const int ky = tile.dy * kStride + run / kColors, kx = tile.dx * kStride + tap % kStride;
+    if (p.dw != nullptr && index < kTiles && ky < kKernel && kx < kKernel) {
+        const int* strides = p.weight_strides;
+        store_one<kType>(p.dw, o * strides[0] + run % kColors * strides[1] + ky * strides[2] + kx * strides[3], total);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- launchers
+
+Rows lay_out(const Conv1Backward& p) {
+    Rows rows;
+    rows.strips = (p.out_width + kColumns - 1) / kColumns;
+    rows.columns = (p.out_width + rows.strips - 1) / rows.strips;
+    rows.total = p.in.images * rows.strips * p.out_height;
+    return rows;
+}
+
+int blocks_of(const Conv1Backward& p) {
+    const int64_t wanted = lay_out(p).total / kFewestRows;
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, p.multiprocessors)));
+}
+
+template <class T> void launch_both(const Conv1Backward& p, void* stream) {
+    const int blocks = blocks_of(p);
+    launch(weight_gradient<T>, dim3(blocks), dim3(kThreads), T::kSharedBytes, stream, p, lay_out(p));
+    const Layout layout{blocks, T::kWarpsN, T::kM, T::kN};
+    launch(reduce_partials<T::kType>, dim3((T::kPartial + kReduceColumns - 1) / kReduceColumns),
+           dim3(kReduceColumns, kReduceRows), 0, stream, p, layout);
+}
+
+// Calls f with the kernel's traits.
+template <class F> auto with_traits(ElementType type, int channels, F f) {
+    const auto with_channels = [&](auto t) {
+        constexpr ElementType kType = decltype(t)::value;
+        return channels == 48 ? f(Traits<kType, 48>()) : channels == 64 ? f(Traits<kType, 64>()) : f(Traits<kType, 96>());
+    };
+    switch (type) {
+        case ElementType::kFloat32: return with_channels(std::integral_constant<ElementType, ElementType::kFloat32>());
+        case ElementType::kFloat16: return with_channels(std::integral_constant<ElementType, ElementType::kFloat16>());
+        default: return with_channels(std::integral_constant<ElementType, ElementType::kBFloat16>());
+    }
+}
+
+}  // namespace
+
+const char* conv1_backward_refusal(const Conv1Backward& p) {
+    if (p.channels != 48 && p.channels != 64 && p.channels != 96) {
+        return "the channels are not 48, 64 or 96";
+    }
+    if (p.in.height < 1 || p.in.width < 1 || p.out_height < 1 || p.out_width < 1) {
+        return "an empty image or an empty map";
+    }
+    if (p.in.pad_top < 0 || p.in.pad_left < 0) {
+        return "negative padding";
+    }
+    // In an image, offsets, and those of the rows and columns around it that are asked about, are 32 bits wide.
+    const int64_t height = int64_t{p.in.height} + p.in.pad_top + kStride * (p.out_height + kStride);
+    const int64_t width = int64_t{p.in.width} + p.in.pad_left + kStride * (p.out_width + kThreads);
+    return height * width * kColors >= int64_t{1} << 31 ? "an image of 2^31 numbers or more, its padding counted" : nullptr;
+}
+
+int64_t conv1_backward_workspace(const Conv1Backward& p, ElementType type) {
+    const bool sums = p.dw != nullptr || p.db != nullptr;
+    const int64_t floats = with_traits(type, p.channels, [](auto t) { return int64_t{decltype(t)::kPartial}; });
+    const int64_t weights = p.dx != nullptr ? conv1_data_gradient_workspace(p, type) : 0;
+    return std::max<int64_t>(sums ? blocks_of(p) * floats * 4 : 0, weights);
+}
+
+Conv1BackwardLaunch conv1_backward_launch(const Conv1Backward& p, ElementType type) {
+    return with_traits(type, p.channels, [&](auto t) {
+        using T = decltype(t);
+        const Rows rows = lay_out(p);
+        int64_t depth = 0;  // pixels multiplied for one output row
+        for (int left = p.out_width; left > 0; left -= rows.columns) {
+            depth += (std::min(left, rows.columns) + 7) / 8 * 8;
+        }
+        const int64_t issued = p.in.images * p.out_height * depth * p.channels * T::kN * T::kWarpsN * kChunk;
+        const int64_t useful = p.in.images * p.out_height * p.out_width * p.channels * kColors * kKernel * kKernel;
+        return Conv1BackwardLaunch{blocks_of(p), kThreads, T::kSharedBytes, issued, useful};
+    });
+}
+
+void conv1_backward(const Conv1Backward& p, ElementType type, void* stream) {
+    if (p.dx != nullptr) {
+        conv1_data_gradient(p, type, stream);
+    }
+    if (p.dw != nullptr || p.db != nullptr) {
+        with_traits(type, p.channels, [&](auto t) { launch_both<decltype(t)>(p, stream); });
+    }
+}
