@@ -191,8 +191,8 @@ DEVICE void finish_rows(uint8_t* carry, uint8_t* rows, const Conv1Forward& p, co
 template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) forward(Conv1Forward p, Tiling tiling) {
     DYNAMIC_SHARED(uint8_t, weights, 0, T::kWeightBytes);
     DYNAMIC_SHARED(float, bias, T::kBiasAt, T::kChannels);
-    DYNAMIC_SHARED(uint8_t, carry, T::kCarryAt, T::kStripAt - T::kCarryAt);
-    DYNAMIC_SHARED(uint8_t, strip, T::kStripAt, T::kSharedBytes - T::kStripAt);  // by turns: the rows of `a`
+    DYNAMIC_SHARED(uint8_t, strip, T::kStripAt, T::kSharingBytes);  // by turns: the rows of `a`
+    DYNAMIC_SHARED(uint8_t, carry, T::kCarryAt, T::kCarryBytes);
     const Walk walk = find_walk(tiling, p, T::kStem);
     const int warp = threadIdx.x / kWarpSize % T::kWarpsDown;
 

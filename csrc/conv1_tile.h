@@ -91,10 +91,11 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
     static constexpr int kPixel = kChannels * kBytes + 16;    // odd in units of 16: eight neighbours lie in eight bank groups
     static constexpr int kFragment = kWarpSize * 16;          // B of two tiles in one step
     static constexpr int kWeightBytes = kDepth * kChannels / kParts * kBytes;
-    static constexpr int kBiasAt = kWeightBytes, kCarryAt = kBiasAt + kChannels * 4;
-    static constexpr int kStripAt = kCarryAt + (kStem ? kColumns * kPixel : 0);
+    static constexpr int kBiasAt = kWeightBytes, kStripAt = kBiasAt + kChannels * 4;
     static constexpr int kStripBytes = kLines * kLine, kRowsBytes = kTileRows * kColumns * kPixel;
-    static constexpr int kSharedBytes = kStripAt + (kStripBytes > kRowsBytes ? kStripBytes : kRowsBytes);
+    static constexpr int kSharingBytes = kStripBytes > kRowsBytes ? kStripBytes : kRowsBytes;
+    static constexpr int kCarryAt = kStripAt + kSharingBytes, kCarryBytes = kStem ? kColumns * kPixel : 0;
+    static constexpr int kSharedBytes = kCarryAt + kCarryBytes;
     static constexpr int kFitting = (228 << 10) / (kSharedBytes + 1024);  // blocks on a multiprocessor of sm_90
     static constexpr int kBlocks = kFitting < 1 ? 1 : kFitting > 3 ? 3 : kFitting;
 
