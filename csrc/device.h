@@ -24,6 +24,14 @@ void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, voi
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+// Bytes of shared memory that a block may ask for on the current device.
+inline int shared_memory_limit() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
 DEVICE uint32_t shuffle_up(uint32_t value) { return __shfl_up_sync(0xffffffffu, value, 1); }
 DEVICE uint32_t shuffle_down(uint32_t value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -33,6 +33,8 @@ void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, voi
     host::launch(grid, block, shared, [=] { kernel(arguments...); });
 }
 
+inline int shared_memory_limit() { return host::shared_limit; }
+
 inline void __syncthreads() { host::barrier(); }
 
 // As __shfl_up_sync and __shfl_down_sync by one lane: the lane at the end keeps its own value.

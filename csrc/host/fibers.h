@@ -95,6 +95,7 @@ struct Block {
 };
 
 inline Block* the_block = nullptr;
+inline int shared_limit = kSharedMemory;  // of the device that is played
 inline int order = 0;  // of the turns: 0 forward, 1 reversed, anything else the seed of a shuffle for each round
 
 inline void poison(const uint8_t* address, size_t bytes, bool on) {

@@ -14,6 +14,7 @@ FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNELS = ["csrc/lrn_pool_backward.cu"]
 CONV1_BACKWARD = ["csrc/conv1_backward.cu", "csrc/conv1_dgrad.cu", "tests/host/conv1_backward_driver.cpp"]
+CONV1 = ["csrc/conv1_forward.cu", "tests/host/conv1_driver.cpp"]
 
 
 def build(target: Path, sources: list[str], flags: list[str]) -> Path:
@@ -36,6 +37,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("host") / "sanitized"
     return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O0", *SANITIZERS])
+
+
+@pytest.fixture(scope="session")
+def conv1_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("host") / "conv1.so", CONV1, ["-O2", "-fPIC", "-shared"])
+
+
+@pytest.fixture(scope="session")
+def conv1_sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("host") / "conv1_sanitized", CONV1, ["-O0", *SANITIZERS])
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
