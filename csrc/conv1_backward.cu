@@ -16,7 +16,7 @@
 //
 // The gradient's row comes by asynchronous copies and is masked in place by the thread that copied it; the image's row passes
 // through registers. Both are asked for before the products of the row before and put down between them.
-#include "conv1_backward_device.h"
+#include "conv1_rows.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -25,8 +25,9 @@ namespace {
 
 using namespace conv1_grad;
 
-constexpr int kColumns = 56;                        // output pixels of a row that a block takes, at most: 3 · 16 + 8
-constexpr int kCells = kColumns + kWindow - 1;      // under them
+constexpr int kStripColumns = 56;                   // output pixels of a row that a block takes: 3 · 16 + 8
+constexpr int kCells = kStripColumns + kWindow - 1;      // under them
+constexpr int kWholeColumns = 48;                   // multiplied without a look at where the row ends
 constexpr int kRing = 4;
 constexpr int kChunks = kCell / kChunk, kLastChunks = 5;  // under dy = 0 or 1; under dy = 2, where ry = 3 is no tap
 constexpr int kTiles = kWindow * (2 * kChunks + kLastChunks);
@@ -40,19 +41,24 @@ template <ElementType type, int channels> struct Traits {
     static constexpr ElementType kType = type;
     static constexpr int kChannels = channels;
     using Op = Operand<kType>;
-    static constexpr int kBytes = Op::kBytes;
+    static constexpr int kBytes = Op::kBytes, kColumns = kStripColumns;
     static constexpr int kWarpsM = kChannels == 96 ? 2 : 1, kWarpsN = kWarps / kWarpsM;
     static constexpr int kM = kChannels / 16 / kWarpsM, kN = (kTiles + kWarpsN - 1) / kWarpsN;  // tiles of a warp
     static constexpr int kLoads = kBytes == 4 ? kN : (kN + 1) / 2;  // an ldmatrix brings two tiles
     static constexpr int kVectors = kChannels / Op::kVectorSize, kPixels = kThreads / kVectors;  // threads along a row of g
     static constexpr int kItems = (kColumns + kPixels - 1) / kPixels;
-    static constexpr int kSums = kM * kN * 4 * kThreads, kPartial = kSums + kChannels;  // floats of a block
+    static constexpr int kSums = kM * kN * 4 * kThreads;  // of a block
+    static constexpr bool kBiasTile = kBytes == 2;  // tf32 would round what is summed
+    static constexpr int kPartial = kSums + (kBiasTile ? 0 : kChannels);  // floats of a block
+    static_assert(kTiles < kN * kWarpsN, "the last warp has a tile to spare");
     // Shared memory: the ring and 16 zeros, two rows of g, a row of `a`.
-    static constexpr int kCellBytes = kChunk * kBytes, kRowBytes = kCells * kCellBytes, kChunkBytes = kRing * kRowBytes;
+    static constexpr int kCellBytes = kChunk * kBytes, kRowBytes = 64 * kCellBytes, kChunkBytes = kRing * kRowBytes;
+    static constexpr int kRowBits = (kRing - 1) * kRowBytes;  // of an offset: the row in the ring
     static constexpr int kZeros = kChunks * kChunkBytes, kImageBytes = kZeros + 128;
     static constexpr int kPitch = (kChannels + 8) * kBytes, kGradBytes = kColumns * kPitch;
     static constexpr int kMaskBytes = kColumns * kChannels * kBytes;
     static constexpr int kSharedBytes = kImageBytes + 2 * kGradBytes + kMaskBytes;
+    static_assert(kCells <= 64 && (kRing & (kRing - 1)) == 0, "the row is two bits of an offset");
     static_assert(kM * 16 * kWarpsM == kChannels, "whole tiles of channels");
     static_assert(kPitch / 16 % 2 == 1 || kBytes == 4, "eight pixels' 16 bytes lie in eight groups of banks");
     static_assert(kPitch / 4 % 16 == 8 || kBytes == 2, "four pixels' eight words lie in 32 banks");
@@ -60,172 +66,23 @@ template <ElementType type, int channels> struct Traits {
     static_assert(kSharedBytes <= 163 << 10, "an sm_80 has it");
 };
 
-// How output rows lie over blocks: all rows of all strips, a strip being up to 56 columns of an image.
-struct Rows {
-    int64_t total;
-    int strips, columns;  // of an image, of a strip
-};
+// ---------------------------------------------------------------------------------------------------- the product
 
-// ---------------------------------------------------------------------------------------------------- device helpers
-
-// The row of cells that is filled next. Output row `row - 2` is multiplied when it is there, if that is not before `first`.
-struct Cursor {
-    int64_t strip, left;   // left: output rows behind this strip
-    int row, first, last;
-    DEVICE bool multiplies() const { return row >= first + kWindow - 1; }
-};
-
-DEVICE void enter(Cursor& cursor, int64_t strip, int first, int height) {
-    const int rows = cursor.left < height - first ? static_cast<int>(cursor.left) : height - first;
-    cursor.strip = strip;
-    cursor.row = cursor.first = first;
-    cursor.last = first + rows + kWindow - 2;
-    cursor.left -= rows;
+// The first warps have n tiles each, the others one fewer, so that warps w and w + 4, which share a tensor core, have 13 of 51
+// together, or 12. In 16 bits the last warp has one more, tile 51, all ones: the bias gradient.
+DEVICE int tiles_of(int warp, int warps, int n) { return warp < kTiles - warps * (n - 1) ? n : n - 1; }
+DEVICE int first_tile(int warp, int warps, int n) {
+    const int longer = kTiles - warps * (n - 1);
+    return warp * n - (warp < longer ? 0 : warp - longer);
 }
 
-DEVICE bool advance(Cursor& cursor, int height) {
-    if (cursor.row < cursor.last) {
-        ++cursor.row;
-        return true;
-    }
-    if (cursor.left > 0) {
-        enter(cursor, cursor.strip + 1, 0, height);
-        return true;
-    }
-    return false;
-}
-
-// Where the cursor's row lies.
-struct Place {
-    int64_t image;
-    int column, width;  // the strip's first output pixel, and how many
-};
-
-DEVICE Place place_of(const Cursor& cursor, const Rows& rows, int out_width) {
-    Place place;
-    place.image = cursor.strip / rows.strips;
-    place.column = static_cast<int>(cursor.strip % rows.strips) * rows.columns;
-    place.width = out_width - place.column < rows.columns ? out_width - place.column : rows.columns;
-    return place;
-}
-
-// A thread's column of the image through a row of cells: is it there?
-struct Column {
-    bool wanted, inside;
-    int w, h;  // h: of ry = 0
-};
-
-DEVICE Column column_of(const Conv1Backward& p, const Cursor& cursor, const Place& place) {
-    Column column;
-    const int t = threadIdx.x;
-    column.w = kStride * place.column + t - p.in.pad_left;
-    column.h = kStride * cursor.row - p.in.pad_top;
-    column.wanted = t < kStride * (place.width + kWindow - 1);
-    column.inside = column.wanted && column.w >= 0 && column.w < p.in.width;
-    return column;
-}
-
-template <class Raw> DEVICE void load_column(uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column,
-                                             const Place& place) {
-    const Raw* x = static_cast<const Raw*>(p.in.x) + place.image * p.in.image_stride;
-    const int at = column.h * p.in.row_stride + column.w * p.in.column_stride;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-        const int ry = run / kColors, h = column.h + ry;
-        const bool inside = column.inside && h >= 0 && h < p.in.height;
-        raw[run] = inside ? x[at + ry * p.in.row_stride + run % kColors * p.in.plane_stride] : 0;
-    }
-}
-
-DEVICE void load_image(uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column, const Place& place) {
-    switch (p.in.source) {
-        case Conv1Source::kFloat32: return load_column<uint32_t>(raw, p, column, place);
-        case Conv1Source::kFloat16:
-        case Conv1Source::kBFloat16: return load_column<uint16_t>(raw, p, column, place);
-        case Conv1Source::kUint8: return load_column<uint8_t>(raw, p, column, place);
-    }
-}
-
-DEVICE float to_float(uint32_t raw, Conv1Source source) {
-    switch (source) {
-        case Conv1Source::kFloat16: return half_to_float(raw);
-        case Conv1Source::kBFloat16: return as_float(raw << 16);
-        case Conv1Source::kUint8: return static_cast<float>(raw);
-        default: return as_float(raw);
-    }
-}
-
-// Normalised and rounded, into a row of the ring.
-template <class T>
-DEVICE void store_image(uint8_t* row, const uint32_t (&raw)[kRuns], const Conv1Backward& p, const Column& column) {
-    if (!column.wanted) {
-        return;
-    }
-    uint8_t* cell = row + threadIdx.x / kStride * T::kCellBytes + threadIdx.x % kStride * T::kBytes;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-        const int c = run % kColors, h = column.h + run / kColors;
-        const bool inside = column.inside && h >= 0 && h < p.in.height;
-        float value = to_float(raw[run], p.in.source);
-        if (p.in.mean != nullptr) {
-            value = (value - p.in.mean[c]) * p.in.scale[c];
-        }
-        T::Op::put(cell + run / 2 * T::kChunkBytes + run % 2 * kStride * T::kBytes, inside ? T::Op::round(value) : 0);
-    }
-}
-
-// A row of the gradient, and of `a`, on their way; zeros behind the last pixel.
-template <class T>
-DEVICE void copy_gradient(uint8_t* grad, uint8_t* a, const Conv1Backward& p, const Cursor& cursor, const Place& place) {
-    const int vector = threadIdx.x % T::kVectors, first = threadIdx.x / T::kVectors;
-    if (first >= T::kPixels) {
-        return;
-    }
-    const int64_t row = (place.image * p.out_height + cursor.row - (kWindow - 1)) * p.out_width + place.column;
-    const int64_t at = row * T::kChannels * T::kBytes + vector * 16;
-#pragma unroll
-    for (int item = 0; item < T::kItems; ++item) {
-        const int pixel = first + item * T::kPixels;
-        const int64_t from = at + pixel * T::kChannels * T::kBytes;
-        if (pixel < kColumns) {
-            const bool wanted = pixel < place.width;
-            copy_async_16(grad + pixel * T::kPitch + vector * 16, static_cast<const uint8_t*>(p.grad) + from, wanted);
-            if (p.a != nullptr) {
-                copy_async_16(a + (pixel * T::kVectors + vector) * 16, static_cast<const uint8_t*>(p.a) + from, wanted);
-            }
-        }
-    }
-    copy_async_commit();
-}
-
-// What this thread copied becomes operands; its eight channels' bias sums grow.
-template <class T>
-DEVICE void prepare_gradient(uint8_t* grad, const uint8_t* a, bool masked, float (&bias)[T::Op::kVectorSize]) {
-    const int vector = threadIdx.x % T::kVectors, first = threadIdx.x / T::kVectors;
-    copy_async_wait<0>();
-#pragma unroll
-    for (int item = 0; item < T::kItems; ++item) {
-        const int pixel = first + item * T::kPixels;
-        if (first < T::kPixels && pixel < kColumns) {
-            uint32_t words[4];
-            prepare<T::kType>(words, grad + pixel * T::kPitch + vector * 16,
-                              masked ? a + (pixel * T::kVectors + vector) * 16 : nullptr);
-#pragma unroll
-            for (int i = 0; i < T::Op::kVectorSize; ++i) {
-                const uint32_t w = words[i * T::kBytes / 4];
-                bias[i] += i % T::Op::E::kPerWord == 0 ? T::Op::E::first(w) : T::Op::E::second(w);
-            }
-        }
-    }
-}
-
-// A tile's place in the map: cells it is shifted by, and its chunk. Tiles that are not there are the last one again.
+// A tile's place in the map: cells it is shifted by, and its chunk.
 struct Tile {
     int dy, dx, chunk;
 };
 
 DEVICE Tile tile_of(int index) {
-    index = index < kTiles ? index : kTiles - 1;
+    index = index < kTiles ? index : kTiles - 1;  // an odd last one is loaded with the one behind it
     Tile tile;
     tile.dy = index / (kWindow * kChunks);
     const int rest = index - tile.dy * kWindow * kChunks, chunks = tile.dy == kWindow - 1 ? kLastChunks : kChunks;
@@ -236,16 +93,18 @@ DEVICE Tile tile_of(int index) {
 
 template <class T> using Sums = float[T::kM][T::kN][4];
 
-// Adds the products of up to 16 pixels (8 of tf32, or where kHalf) from pixel `at` on. `tiles` are offsets in the ring. Pixels
-// at and behind `width` have no gradient, but their cells may hold what times zero is not zero: zeros are multiplied instead.
-template <class T, bool kHalf>
+// Adds the products of 16 pixels (8 of tf32) from pixel `at` on, or with kEnd of 8 that may reach behind `width`. There is no
+// gradient, but the cells may hold what times zero is not zero: zeros are multiplied instead. `tiles` are offsets in the ring.
+template <class T, bool kEnd>
 DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, const int (&tiles)[T::kLoads], int at,
                      int width) {
     const int lane = threadIdx.x % kWarpLanes;
+    const int warp_n = threadIdx.x / kWarpLanes % T::kWarpsN;
+    const bool ones = T::kBiasTile && warp_n == T::kWarpsN - 1, all = ones || tiles_of(warp_n, T::kWarpsN, T::kN) == T::kN;
     uint32_t a[T::kM][4];
     if constexpr (T::kBytes == 4) {
         const int g = lane / 4, q = lane % 4;
-        const bool inside[2] = {at + q < width, at + q + 4 < width};
+        const bool inside[2] = {!kEnd || at + q < width, !kEnd || at + q + 4 < width};
         const uint8_t* first = grad + (at + q) * T::kPitch + g * 4;
 #pragma unroll
         for (int i = 0; i < T::kM * 4; ++i) {
@@ -255,14 +114,17 @@ DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, c
         for (int n = 0; n < T::kN; ++n) {
             const uint8_t* cell = image + tiles[n] + at * T::kCellBytes;
             const uint32_t b0 = inside[0] ? word(cell) : 0, b1 = inside[1] ? word(cell + 4 * T::kCellBytes) : 0;
+            if (n == T::kN - 1 && !all) {
+                break;
+            }
 #pragma unroll
             for (int m = 0; m < T::kM; ++m) {
                 T::Op::multiply(sums[m][n], a[m], b0, b1);
             }
         }
     } else {
-        const bool inside = at + lane % 16 < width;
-        const uint8_t* first = grad + (at + lane % 8 + (kHalf ? 0 : lane / 16 * 8)) * T::kPitch + lane / 8 % 2 * 16;
+        const bool inside = !kEnd || at + lane % 16 < width;
+        const uint8_t* first = grad + (at + lane % 8 + (kEnd ? 0 : lane / 16 * 8)) * T::kPitch + lane / 8 % 2 * 16;
 #pragma unroll
         for (int m = 0; m < T::kM; ++m) {
             load_matrix_x4_transposed(a[m], first + m * 32);
@@ -270,15 +132,20 @@ DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, c
 #pragma unroll
         for (int i = 0; i < T::kLoads; ++i) {
             uint32_t b[4];
-            load_matrix_x4_transposed(b, image + (inside ? tiles[i] + at * T::kCellBytes : T::kZeros));
+            load_matrix_x4_transposed(b, inside ? image + tiles[i] + at * T::kCellBytes : image + T::kZeros);
 #pragma unroll
             for (int n = 2 * i; n < 2 * i + 2 && n < T::kN; ++n) {
+                if (n == T::kN - 1 && !all) {
+                    break;
+                }
+                const uint32_t b0 = n == T::kN - 1 && ones ? T::Op::kOnes : b[n % 2 * 2];
+                const uint32_t b1 = n == T::kN - 1 && ones ? T::Op::kOnes : b[n % 2 * 2 + 1];
 #pragma unroll
                 for (int m = 0; m < T::kM; ++m) {
-                    if constexpr (kHalf) {
-                        T::Op::multiply_half(sums[m][n], a[m], b[n % 2 * 2]);
+                    if constexpr (kEnd) {
+                        T::Op::multiply_half(sums[m][n], a[m], b0);
                     } else {
-                        T::Op::multiply(sums[m][n], a[m], b[n % 2 * 2], b[n % 2 * 2 + 1]);
+                        T::Op::multiply(sums[m][n], a[m], b0, b1);
                     }
                 }
             }
@@ -286,40 +153,43 @@ DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, c
     }
 }
 
-// Offsets of the warp's tiles in the ring without the row, which turns; dy in the low bits.
+// Offsets of the lane's numbers of the warp's tiles in the ring, before the first row is multiplied.
 template <class T> DEVICE void locate(int (&tiles)[T::kLoads]) {
     const int lane = threadIdx.x % kWarpLanes, warp_n = threadIdx.x / kWarpLanes % T::kWarpsN;
-    const int inner = T::kBytes == 4 ? lane % 4 * T::kCellBytes : lane % 16 * T::kCellBytes;
+    const int inner = T::kBytes == 4 ? lane % 4 * T::kCellBytes + lane / 4 * 4 : lane % 16 * T::kCellBytes;
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
-        const Tile tile = tile_of(warp_n * T::kN + (T::kBytes == 4 ? i : 2 * i + lane / 16));
-        tiles[i] = (tile.chunk * T::kChunkBytes + tile.dx * T::kCellBytes + inner) | tile.dy;
+        const Tile tile = tile_of(first_tile(warp_n, T::kWarpsN, T::kN) + (T::kBytes == 4 ? i : 2 * i + lane / 16));
+        const int row = (tile.dy + kRing - kWindow) % kRing;  // the first step turns it; row dy = 2 is filled then
+        tiles[i] = tile.chunk * T::kChunkBytes + row * T::kRowBytes + tile.dx * T::kCellBytes + inner;
     }
 }
 
-template <class T> DEVICE void turn(int (&turned)[T::kLoads], const int (&tiles)[T::kLoads], int filled) {
-    const int column = T::kBytes == 4 ? threadIdx.x % kWarpLanes / 4 * 4 : 0;  // tf32: its tap in the chunk
+// One row further round the ring.
+template <class T> DEVICE void turn(int (&tiles)[T::kLoads]) {
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
-        const int row = filled + kRing - (kWindow - 1) + tiles[i] % 4;
-        turned[i] = (tiles[i] & ~3) + row % kRing * T::kRowBytes + column;
+        tiles[i] = ((tiles[i] + T::kRowBytes) & T::kRowBits) | (tiles[i] & ~T::kRowBits);
     }
 }
 
 // The block's sums, each register of all threads side by side, then the bias over the threads of a channel in their order.
 template <class T>
 DEVICE void write_partial(const Conv1Backward& p, float* sums_of_pixels, const Sums<T>& sums,
-                          const float (&bias)[T::Op::kVectorSize]) {
+                          const float (&bias)[4]) {
     float* partial = static_cast<float*>(p.workspace) + static_cast<int64_t>(blockIdx.x) * T::kPartial;
     const int t = threadIdx.x;
 #pragma unroll
     for (int i = 0; i < T::kM * T::kN * 4; ++i) {
         partial[i * kThreads + t] = sums[i / 4 / T::kN][i / 4 % T::kN][i % 4];
     }
+    if (T::kBiasTile) {
+        return;
+    }
     if (t < T::kPixels * T::kVectors) {
 #pragma unroll
-        for (int i = 0; i < T::Op::kVectorSize; ++i) {
-            sums_of_pixels[t * T::Op::kVectorSize + i] = bias[i];
+        for (int i = 0; i < 4; ++i) {
+            sums_of_pixels[t * 4 + i] = bias[i];
         }
     }
     __syncthreads();
@@ -340,13 +210,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradien
     DYNAMIC_SHARED(uint8_t, a, T::kImageBytes + 2 * T::kGradBytes, T::kMaskBytes);
     const int warp_m = threadIdx.x / kWarpLanes / T::kWarpsN;
 
-    const int64_t begin = rows.total * blockIdx.x / gridDim.x, end = rows.total * (blockIdx.x + 1) / gridDim.x;
-    Cursor cursor;
-    cursor.left = end - begin;
-    enter(cursor, begin / p.out_height, static_cast<int>(begin % p.out_height), p.out_height);
-
+    Cursor cursor = first_row(rows, p.out_height);
     Sums<T> sums = {};
-    float bias[T::Op::kVectorSize] = {};
+    float bias[4] = {};
     int tiles[T::kLoads];
     locate<T>(tiles);
     if (threadIdx.x < 4) {
@@ -354,43 +220,41 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradien
     }
     uint32_t raw[kRuns];
     {
-        const Place place = place_of(cursor, rows, p.out_width);
-        const Column column = column_of(p, cursor, place);
-        load_image(raw, p, column, place);
-        store_image<T>(image, raw, p, column);
+        const Column column = column_of(p.in, cursor, rows, p.out_width);
+        load_image(raw, p.in, column, cursor.image);
+        store_image<T>(image, raw, p.in, column);
     }
     bool more = true;
     for (int step = 0; more; ++step) {
         __syncthreads();
-        const bool multiplies = cursor.multiplies();
-        const int width = multiplies ? place_of(cursor, rows, p.out_width).width : 0;
-        more = advance(cursor, p.out_height);
-        const Place place = place_of(cursor, rows, p.out_width);
-        const Column column = column_of(p, cursor, place);
-        uint8_t *grad = grads + step % 2 * T::kGradBytes + warp_m * T::kM * 16 * T::kBytes;
-        uint8_t *next = grads + (step + 1) % 2 * T::kGradBytes;
+        const int width = cursor.multiplies() ? cursor.width(rows, p.out_width) : 0;
+        more = advance(cursor, rows, p.out_height);
+        const Column column = column_of(p.in, cursor, rows, p.out_width);
+        const uint8_t* grad = grads + step % 2 * T::kGradBytes + warp_m * T::kM * 16 * T::kBytes;
+        uint8_t* next = grads + (step + 1) % 2 * T::kGradBytes;
         if (more) {
-            load_image(raw, p, column, place);
+            load_image(raw, p.in, column, cursor.image);
             if (cursor.multiplies()) {
-                copy_gradient<T>(next, a, p, cursor, place);
+                copy_gradient<T>(next, a, p, cursor, rows);
             }
         }
-        int turned[T::kLoads];
-        turn<T>(turned, tiles, step);
-        int at = 0;
-        for (; at + (T::kBytes == 4 ? 0 : 8) < width; at += T::Op::kDepth) {
-            multiply<T, false>(sums, grad, image, turned, at, width);
+        turn<T>(tiles);
+        int done = 0;
+        if (width >= kWholeColumns) {
+#pragma unroll
+            for (; done < kWholeColumns; done += T::Op::kDepth) {
+                multiply<T, false>(sums, grad, image, tiles, done, width);
+            }
         }
         if (more) {
-            store_image<T>(image + (step + 1) % kRing * T::kRowBytes, raw, p, column);
+            store_image<T>(image + (step + 1) % kRing * T::kRowBytes, raw, p.in, column);
             if (cursor.multiplies()) {
                 prepare_gradient<T>(next, a, p.a != nullptr, bias);
             }
         }
-        if constexpr (T::kBytes == 2) {
-            if (at < width) {
-                multiply<T, true>(sums, grad, image, turned, at, width);
-            }
+#pragma unroll 1
+        for (; done < width; done += 8) {
+            multiply<T, true>(sums, grad, image, tiles, done, width);
         }
     }
     __syncthreads();
@@ -399,14 +263,14 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradien
 
 // How the sums of a block lie in its partial.
 struct Layout {
-    int blocks, warps_n, m, n;
+    int blocks, length, warps_n, m, n;
 };
 
 // dW and db: a column of the block is one sum; its row r adds blocks r, r + 8, ..., then the rows are added in their order.
 template <ElementType kType> __global__ void __launch_bounds__(kReduceColumns * kReduceRows)
 reduce_partials(Conv1Backward p, Layout layout) {
     STATIC_SHARED(float, totals, kReduceRows * kReduceColumns);
-    const int sums = layout.m * layout.n * 4 * kThreads, length = sums + p.channels;
+    const int sums = layout.m * layout.n * 4 * kThreads, length = layout.length;
     const int column = threadIdx.x, row = threadIdx.y, at = blockIdx.x * kReduceColumns + column;
     const float* partial = static_cast<const float*>(p.workspace) + at;
     float total = 0;
@@ -428,12 +292,16 @@ reduce_partials(Conv1Backward p, Layout layout) {
         return;
     }
     const int thread = at % kThreads, i = at / kThreads, lane = thread % kWarpLanes, warp = thread / kWarpLanes;
-    const int index = warp % layout.warps_n * layout.n + i / 4 % layout.n;
+    const int warp_n = warp % layout.warps_n, n = i / 4 % layout.n;
     const int o = (warp / layout.warps_n * layout.m + i / 4 / layout.n) * 16 + lane / 4 + i % 4 / 2 * 8;
+    const int index = first_tile(warp_n, layout.warps_n, layout.n) + n;
     const Tile tile = tile_of(index);
     const int tap = lane % 4 * 2 + i % 2, run = tile.chunk * 2 + tap / kStride;
     const int ky = tile.dy * kStride + run / kColors, kx = tile.dx * kStride + tap % kStride;
-    if (p.dw != nullptr && index < kTiles && ky < kKernel && kx < kKernel) {
+    if (p.db != nullptr && length == sums && index == kTiles && tap == 0) {
+        store_one<kType>(p.db, o, total);
+    }
+    if (p.dw != nullptr && n < tiles_of(warp_n, layout.warps_n, layout.n) && ky < kKernel && kx < kKernel) {
         const int* strides = p.weight_strides;
         store_one<kType>(p.dw, o * strides[0] + run % kColors * strides[1] + ky * strides[2] + kx * strides[3], total);
     }
@@ -443,8 +311,8 @@ reduce_partials(Conv1Backward p, Layout layout) {
 
 Rows lay_out(const Conv1Backward& p) {
     Rows rows;
-    rows.strips = (p.out_width + kColumns - 1) / kColumns;
-    rows.columns = (p.out_width + rows.strips - 1) / rows.strips;
+    rows.strips = (p.out_width + kStripColumns - 1) / kStripColumns;
+    rows.columns = kStripColumns;
     rows.total = p.in.images * rows.strips * p.out_height;
     return rows;
 }
@@ -457,7 +325,7 @@ int blocks_of(const Conv1Backward& p) {
 template <class T> void launch_both(const Conv1Backward& p, void* stream) {
     const int blocks = blocks_of(p);
     launch(weight_gradient<T>, dim3(blocks), dim3(kThreads), T::kSharedBytes, stream, p, lay_out(p));
-    const Layout layout{blocks, T::kWarpsN, T::kM, T::kN};
+    const Layout layout{blocks, T::kPartial, T::kWarpsN, T::kM, T::kN};
     launch(reduce_partials<T::kType>, dim3((T::kPartial + kReduceColumns - 1) / kReduceColumns),
            dim3(kReduceColumns, kReduceRows), 0, stream, p, layout);
 }
@@ -508,7 +376,7 @@ Conv1BackwardLaunch conv1_backward_launch(const Conv1Backward& p, ElementType ty
         for (int left = p.out_width; left > 0; left -= rows.columns) {
             depth += (std::min(left, rows.columns) + 7) / 8 * 8;
         }
-        const int64_t issued = p.in.images * p.out_height * depth * p.channels * T::kN * T::kWarpsN * kChunk;
+        const int64_t issued = p.in.images * p.out_height * depth * p.channels * kTiles * kChunk;
         const int64_t useful = p.in.images * p.out_height * p.out_width * p.channels * kColors * kKernel * kKernel;
         return Conv1BackwardLaunch{blocks_of(p), kThreads, T::kSharedBytes, issued, useful};
     });

@@ -25,6 +25,7 @@ template <ElementType kType> struct Operand {
     using E = Element<kType>;
     static constexpr int kBytes = E::kBytes, kVectorSize = 16 / kBytes;  // numbers in 16 bytes
     static constexpr int kDepth = 32 / kBytes;                           // of a product: 16, or 8 of tf32
+    static constexpr uint32_t kOnes = kType == ElementType::kFloat16 ? 0x3c003c00 : 0x3f803f80;
 
     DEVICE static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         if constexpr (kType == ElementType::kFloat32) {
@@ -59,24 +60,27 @@ template <ElementType kType> struct Operand {
             *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(operand);
         }
     }
-    // The bits of `grad` where `not a <= 0`.
+    // The bits of `grad` where `not a <= 0`: a is positive or NaN. Of 16 bits, two at once: bit 15 of `nonzero` says that the
+    // magnitude is not zero, of `nan` that it is above infinity.
     DEVICE static uint32_t mask(uint32_t grad, uint32_t a) {
         if constexpr (kBytes == 4) {
-            return E::first(a) <= 0 ? 0 : grad;
+            return as_float(a) <= 0 ? 0 : grad;
         } else {
-            return grad & ((E::first(a) <= 0 ? 0 : 0xffffu) | (E::second(a) <= 0 ? 0 : 0xffff0000u));
+            constexpr uint32_t kAboveInfinity = kType == ElementType::kFloat16 ? 0x03ff03ff : 0x007f007f;
+            const uint32_t magnitude = a & 0x7fff7fff, nonzero = magnitude + 0x7fff7fff, nan = magnitude + kAboveInfinity;
+            return grad & spread_signs_16x2((nonzero & ~a) | nan);
         }
     }
 };
 
 DEVICE uint32_t word(const uint8_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
-// 16 bytes of the gradient that lie in shared memory become operands, masked where `a` is not null; `words` is what they were
-// after the mask and before rounding.
-template <ElementType kType> DEVICE void prepare(uint32_t (&words)[4], uint8_t* grad, const uint8_t* a) {
+// 16 bytes of the gradient that lie in shared memory become operands; `words` is what they were after the mask and before
+// rounding.
+template <ElementType kType> DEVICE void prepare(uint32_t (&words)[4], uint8_t* grad, const uint8_t* a, bool masked) {
     const uint4 g = *reinterpret_cast<const uint4*>(grad);
     words[0] = g.x, words[1] = g.y, words[2] = g.z, words[3] = g.w;
-    if (a != nullptr) {
+    if (masked) {
         const uint4 y = *reinterpret_cast<const uint4*>(a);
         const uint32_t below[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
@@ -87,7 +91,7 @@ template <ElementType kType> DEVICE void prepare(uint32_t (&words)[4], uint8_t* 
     if (kType == ElementType::kFloat32) {
         *reinterpret_cast<uint4*>(grad) = make_uint4(float_to_tf32(as_float(words[0])), float_to_tf32(as_float(words[1])),
                                                      float_to_tf32(as_float(words[2])), float_to_tf32(as_float(words[3])));
-    } else if (a != nullptr) {
+    } else if (masked) {
         *reinterpret_cast<uint4*>(grad) = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }

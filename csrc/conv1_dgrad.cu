@@ -167,8 +167,7 @@ template <ElementType kType> __global__ void __launch_bounds__(kThreads, 2) data
         copy_async_wait<0>();
         for_each_vector([&](int vector, int pixel, int, int) {
             uint32_t words[4];
-            prepare<kType>(words, grad + pixel * kPitch + vector * 16,
-                           p.a != nullptr ? a + pixel * kSlice + vector * 16 : nullptr);
+            prepare<kType>(words, grad + pixel * kPitch + vector * 16, a + pixel * kSlice + vector * 16, p.a != nullptr);
         });
         __syncthreads();
         const int other = (slice + 1) % 2;

@@ -93,6 +93,13 @@ DEVICE uint32_t add_half2(uint32_t a, uint32_t b) {
     return r;
 }
 
+// All bits of each half whose uppermost is set.
+DEVICE uint32_t spread_signs_16x2(uint32_t word) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(r) : "r"(word));
+    return r;
+}
+
 // A word holds two numbers, the one of the lower address in its low half.
 DEVICE uint32_t pack_bf16x2(float low, float high) {
     uint32_t r;
