@@ -66,20 +66,19 @@ DEVICE void write_rows(uint8_t* rows, const float (&sums)[2][T::kTiles][4], cons
     const int g = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
     const int channels = threadIdx.x / kWarpSize / T::kWarpsDown * T::kTiles * 8 + 2 * q;
 #pragma unroll
-    for (int i = 0; i < kPixelRows; ++i) {
-        const int m = first + g + 8 * i;
-        if (m < end) {
+    for (int t = 0; t < T::kTiles; ++t) {
+        const int channel = channels + 8 * t;
+        const float low_bias = bias[channel], high_bias = bias[channel + 1];
 #pragma unroll
-            for (int t = 0; t < T::kTiles; ++t) {
-                const int channel = channels + 8 * t;
-                float low = sums[i / 2][t][i % 2 * 2] + bias[channel], high = sums[i / 2][t][i % 2 * 2 + 1] + bias[channel + 1];
-                low = relu ? max_nan(low, 0) : low, high = relu ? max_nan(high, 0) : high;
-                uint8_t* to = rows + m * T::kPixel + channel * T::kBytes;
-                if (T::E::kPerWord == 2) {
-                    *reinterpret_cast<uint32_t*>(to) = T::E::pack(low, high);
-                } else {
-                    *reinterpret_cast<uint2*>(to) = make_uint2(as_bits(low), as_bits(high));
-                }
+        for (int i = 0; i < kPixelRows; ++i) {
+            const int m = first + g + 8 * i;
+            float low = sums[i / 2][t][i % 2 * 2] + low_bias, high = sums[i / 2][t][i % 2 * 2 + 1] + high_bias;
+            low = relu ? max_nan(low, 0) : low, high = relu ? max_nan(high, 0) : high;
+            uint8_t* to = rows + m * T::kPixel + channel * T::kBytes;
+            if (m < end && T::E::kPerWord == 2) {
+                *reinterpret_cast<uint32_t*>(to) = T::E::pack(low, high);
+            } else if (m < end) {
+                *reinterpret_cast<uint2*>(to) = make_uint2(as_bits(low), as_bits(high));
             }
         }
     }
@@ -208,8 +207,9 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
     for (int step = walk.first_step - T::kStem; step < walk.last_step; ++step) {
         const int row = 2 * step + T::kStem, begin = step < walk.first_step ? walk.columns : 0;
         const int end = row + 1 < p.out_height ? 2 * walk.columns : walk.columns;
-        load_strip<T>(strip, p.in, walk.image, row * kStride - p.in.pad_top, walk.first_column * kStride - p.in.pad_left,
-                      (walk.columns - 1) * kStride + kTapColumns);
+        const int top = row * kStride - p.in.pad_top, left = walk.first_column * kStride - p.in.pad_left;
+        const int length = (walk.columns - 1) * kStride + kTapColumns;
+        load_strip<T>(strip, p.in, walk.image, top, left, length);
 
         const int first = begin + (warp + step + 1) % T::kWarpsDown * kWarpPixels;  // not always the same warp's is half empty
         int corners[kPixelRows];
@@ -224,6 +224,9 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
         }
         copy_async_wait<0>();
         __syncthreads();
+        if (step + 1 < walk.last_step) {
+            prefetch_strip<T>(p.in, walk.image, top, left, length);
+        }
         multiply_part<T, 0>(sums, strip, corners, weights, end - first);
         if (T::kParts > 1) {
             __syncthreads();

@@ -127,43 +127,74 @@ template <Conv1Source kSource> DEVICE float element(const void* x, int at) {
     return 0;
 }
 
-// Lines of the strip whose corner is pixel (top, left) of the image, as far as `length` numbers; outside there are zeros. A
-// warp takes every n-th line, lanes take words, so a warp's loads of a plane are neighbours.
+// The strip whose corner is pixel (top, left) of the image, as far as `length` numbers of a line; outside there are zeros. A
+// warp takes every n-th row of pixels, lanes take words: neighbours in memory. All loads of a row are under way together.
 template <class T, Conv1Source kSource>
 DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* image, int top, int left, int length) {
+    constexpr int kPerWord = T::E::kPerWord, kTurns = (T::kLineWords + kWarpSize - 1) / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
-    for (int line = threadIdx.x / kWarpSize; line < kLines; line += T::kThreads / kWarpSize) {
-        const int plane = line % kPlanes, y = top + line / kPlanes;
+    float mean[kPlanes], scale[kPlanes];
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+        mean[plane] = in.mean != nullptr ? in.mean[plane] : 0, scale[plane] = in.mean != nullptr ? in.scale[plane] : 1;
+    }
+    for (int row = threadIdx.x / kWarpSize; row < kStripRows; row += T::kThreads / kWarpSize) {
+        const int y = top + row;
         const bool inside = y >= 0 && y < in.height;
-        const int row = inside ? y * in.row_stride + plane * in.plane_stride : 0;
-        const float mean = in.mean != nullptr ? in.mean[plane] : 0, scale = in.mean != nullptr ? in.scale[plane] : 1;
+        float values[kPlanes][kTurns * kPerWord];
 #pragma unroll
-        for (int i = 0; i < (T::kLineWords + kWarpSize - 1) / kWarpSize; ++i) {
-            const int word = lane + i * kWarpSize;
-            float values[T::E::kPerWord];
+        for (int i = 0; i < kTurns * kPerWord; ++i) {
+            const int word = lane + i / kPerWord * kWarpSize, x = left + word * kPerWord + i % kPerWord;
+            const bool exists = inside && x >= 0 && x < in.width && word * kPerWord < length;
+            const int at = exists ? y * in.row_stride + x * in.column_stride : 0;
 #pragma unroll
-            for (int j = 0; j < T::E::kPerWord; ++j) {
-                const int x = left + word * T::E::kPerWord + j;
-                const bool exists = inside && x >= 0 && x < in.width && word * T::E::kPerWord < length;
-                values[j] = exists ? (element<kSource>(image, row + x * in.column_stride) - mean) * scale : 0;
+            for (int plane = 0; plane < kPlanes; ++plane) {
+                const float value = exists ? element<kSource>(image, at + plane * in.plane_stride) : 0;
+                values[plane][i] = exists ? (value - mean[plane]) * scale[plane] : 0;
             }
-            if (word < T::kLineWords) {
-                reinterpret_cast<uint32_t*>(strip + line * T::kLine)[word] = T::encode(values[0], values[T::E::kPerWord - 1]);
+        }
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; ++plane) {
+            uint32_t* line = reinterpret_cast<uint32_t*>(strip + (row * kPlanes + plane) * T::kLine);
+#pragma unroll
+            for (int i = 0; i < kTurns; ++i) {
+                if (lane + i * kWarpSize < T::kLineWords) {
+                    line[lane + i * kWarpSize] = T::encode(values[plane][i * kPerWord], values[plane][(i + 1) * kPerWord - 1]);
+                }
             }
         }
     }
 }
 
+DEVICE int source_bytes(Conv1Source source) {
+    return source == Conv1Source::kFloat32 ? 4 : source == Conv1Source::kUint8 ? 1 : 2;
+}
+
 template <class T> DEVICE void load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
     constexpr Conv1Source kFloat32 = Conv1Source::kFloat32, kFloat16 = Conv1Source::kFloat16;
     constexpr Conv1Source kBFloat16 = Conv1Source::kBFloat16, kUint8 = Conv1Source::kUint8;
-    const int bytes = in.source == kFloat32 ? 4 : in.source == kUint8 ? 1 : 2;
-    const void* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * bytes;
+    const void* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * source_bytes(in.source);
     switch (in.source) {
         case kFloat32: return load_strip_of<T, kFloat32>(strip, in, x, top, left, length);
         case kFloat16: return load_strip_of<T, kFloat16>(strip, in, x, top, left, length);
         case kBFloat16: return load_strip_of<T, kBFloat16>(strip, in, x, top, left, length);
         case kUint8: return load_strip_of<T, kUint8>(strip, in, x, top, left, length);
+    }
+}
+
+// Brings the rows to L2 that the strip below this one has and this one has not.
+template <class T> DEVICE void prefetch_strip(const Conv1Images& in, int64_t image, int top, int left, int length) {
+    constexpr int kCacheLine = 128, kRows = kTileRows * kStride;
+    const int bytes = source_bytes(in.source), first = left > 0 ? left : 0, planes = in.plane_stride == 1 ? 1 : kPlanes;
+    const int last = left + length < in.width ? left + length : in.width;
+    const int span = (last - first) * in.column_stride * bytes, chunks = (span + kCacheLine - 1) / kCacheLine;
+    const uint8_t* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * bytes;
+    for (int i = threadIdx.x; i < kRows * planes * chunks; i += T::kThreads) {
+        const int y = top + kStripRows + i / chunks / planes;
+        if (y >= 0 && y < in.height) {
+            const int at = y * in.row_stride + first * in.column_stride;
+            prefetch(x + (at + i / chunks % planes * in.plane_stride) * bytes + i % chunks * kCacheLine);
+        }
     }
 }
 

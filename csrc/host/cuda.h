@@ -58,6 +58,11 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
+// Where nothing is read nothing is brought: an address outside an array is caught.
+inline void prefetch(const void* address) {
+    [[maybe_unused]] const volatile uint8_t byte = *static_cast<const uint8_t*>(address);
+}
+
 inline float fast_rsqrt(float v) { return 1 / std::sqrt(v); }
 inline float fast_sqrt(float v) { return std::sqrt(v); }
 inline float fast_reciprocal(float v) { return 1 / v; }
