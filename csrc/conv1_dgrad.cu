@@ -176,13 +176,16 @@ template <ElementType kType> __global__ void __launch_bounds__(kThreads, 2) data
         }
         const uint8_t* weight = weights + slice % 2 * kWeightBytes;
 #pragma unroll
-        for (int tap = 0; tap < kTaps; ++tap) {
-            const int dy = tap / kWindow, dx = tap % kWindow;
-            const int pixel = (row + kWindow - 1 - dy) * kGradColumns + column + kWindow - 1 - dx;
-            if (dy < kWindow - 1) {
-                multiply<kType, kN>(sums, grad + pixel * kPitch, weight + tap * kCell * kPitch);
-            } else {
-                multiply<kType, kTallN>(sums, grad + pixel * kPitch, weight + tap * kCell * kPitch);
+        for (int dy = 0; dy < kWindow; ++dy) {
+            const uint8_t* pixel = grad + ((row + kWindow - 1 - dy) * kGradColumns + column + kWindow - 1) * kPitch;
+#pragma unroll 1
+            for (int dx = 0; dx < kWindow; ++dx) {
+                const uint8_t* tap = weight + (dy * kWindow + dx) * kCell * kPitch;
+                if (dy < kWindow - 1) {
+                    multiply<kType, kN>(sums, pixel - dx * kPitch, tap);
+                } else {
+                    multiply<kType, kTallN>(sums, pixel - dx * kPitch, tap);
+                }
             }
         }
     }

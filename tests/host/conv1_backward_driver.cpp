@@ -29,6 +29,10 @@ extern "C" const char* run_conv1_backward(Conv1Backward problem, int type, int o
     return nullptr;
 }
 
+extern "C" Conv1BackwardLaunch describe_conv1_backward(Conv1Backward problem, int type) {
+    return conv1_backward_launch(problem, static_cast<ElementType>(type));
+}
+
 namespace {
 
 struct Shape {

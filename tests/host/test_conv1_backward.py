@@ -88,6 +88,8 @@ def loaded(library: Path) -> ctypes.CDLL:
     host = ctypes.CDLL(str(library))
     host.run_conv1_backward.restype = ctypes.c_char_p
     host.run_conv1_backward.argtypes = [Problem, ctypes.c_int, ctypes.c_int]
+    host.describe_conv1_backward.restype = Launch
+    host.describe_conv1_backward.argtypes = [Problem, ctypes.c_int]
     return host
 
 
@@ -322,6 +324,25 @@ def test_refusals(host: ctypes.CDLL) -> None:
     }
     for message, problem in refused.items():
         assert host.run_conv1_backward(problem, 0, 0) == message
+
+
+@pytest.mark.parametrize("channels", [48, 64, 96])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_launch(host: ctypes.CDLL, dtype: torch.dtype, channels: int) -> None:
+    """Of the multiply-adds on a 227 x 227 image 363 of 408 taps and 55 of 56 pixels count; an sm_80 has the shared memory."""
+    problem = Problem(Images(images=256, height=227, width=227), out_height=55, out_width=55, channels=channels)
+    problem.multiprocessors = 132
+    launch = host.describe_conv1_backward(problem, DTYPES.index(dtype))
+    assert launch.useful == 256 * 55 * 55 * 363 * channels
+    assert launch.useful / launch.issued == 363 / 408 * 55 / 56
+    assert launch.blocks == 132 and launch.threads == 256
+    pixel = (
+        channels + 8,
+        torch.finfo(dtype).bits // 8,
+    )  # the ring, zeros, two rows of the gradient and one of the activation
+    assert launch.shared_bytes == (6 * 4 * 64 * 8 + 2 * 56 * pixel[0] + 56 * channels) * pixel[1] + 128 <= 163 << 10
+    problem.images.images = 1
+    assert host.describe_conv1_backward(problem, DTYPES.index(dtype)).blocks == 27  # two rows each
 
 
 PLANTS: dict[str, tuple[str, str, str]] = {  # file, what stands there, what is put in its place
