@@ -1,22 +1,22 @@
 // The weight and the bias gradient of a convolution 11 x 11, stride 4, of three colours:
 //
-//   dW[o, c, ky, kx] = Σ g[n, oh, ow, o] · v(n, c, 4 oh + ky - pad_top, 4 ow + kx - pad_left)          db[o] = Σ g[n, oh, ow, o]
+//   dW[o, c, ky, kx] = Σ g[n, oh, ow, o] v(n, c, 4 oh + ky - pad_top, 4 ow + kx - pad_left)        db[o] = Σ g[n, oh, ow, o]
 //
-// g = grad, zero where a <= 0; v = (x - mean[c]) · scale[c] rounded to the arithmetic type, zero outside the image.
+// g = grad, zero where a <= 0; v = (x - mean[c]) scale[c] rounded to the arithmetic type, zero outside the image.
 //
-// As a product on the tensor cores: M = channels o, N = taps, K = pixels (n, oh, ow). A block keeps the whole dW in its
+// As a product on the tensor cores: M = channels o, N = taps, K = pixels (n, oh, ow). A block keeps the whole of dW in its
 // registers, takes its share of all output rows one after another, and writes its sums once; a second kernel adds the
 // blocks' sums in their order. Which rows are whose depends on the sizes and on the number of multiprocessors alone.
 //
 // A row of output pixels needs three rows of cells (conv1_backward_device.h). They lie in a ring of four, chunk by chunk, 16
-// bytes a cell (32 of tf32): while three are multiplied the fourth is filled. Eight taps of a chunk under one (dy, dx) are a tile of
-// N; for it the cells of eight neighbouring pixels are 128 bytes in a row, wherever they start: a transposed ldmatrix loads
-// them without a bank conflict and without a copy for each tap. Of 432 taps so laid out 24 lie below the kernel (dy = 2,
-// ry = 3) in chunks of their own, which are left out: 51 tiles, 408 taps for 363.
+// bytes a cell (32 of tf32): while three are multiplied the fourth is filled. For a tile (conv1_sums.h) the cells of eight
+// neighbouring pixels are 128 bytes in a row, wherever they start: a transposed ldmatrix loads them without a bank conflict
+// and without a copy for each tap. Pixels of the gradient lie an odd number of 16 bytes apart, for the same reason.
 //
-// The gradient's row comes by asynchronous copies and is masked in place by the thread that copied it; the image's row passes
-// through registers. Both are asked for before the products of the row before and put down between them.
+// The gradient's row comes by asynchronous copies and is masked in place by the thread that copied it, the image's row comes
+// through registers (conv1_rows.h). Both are asked for at the start of a row's products and put down among them.
 #include "conv1_rows.h"
+#include "conv1_sums.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -25,14 +25,11 @@ namespace {
 
 using namespace conv1_grad;
 
-constexpr int kStripColumns = 56;                   // output pixels of a row that a block takes: 3 · 16 + 8
-constexpr int kCells = kStripColumns + kWindow - 1;      // under them
-constexpr int kWholeColumns = 48;                   // multiplied without a look at where the row ends
+constexpr int kStripColumns = 56;               // output pixels of a row that a block takes: 3 · 16 + 8
+constexpr int kCells = kStripColumns + kWindow - 1;  // under them
+constexpr int kEarlyColumns = 32;               // multiplied while what a step has asked for is on its way
 constexpr int kRing = 4;
-constexpr int kChunks = kCell / kChunk, kLastChunks = 5;  // under dy = 0 or 1; under dy = 2, where ry = 3 is no tap
-constexpr int kTiles = kWindow * (2 * kChunks + kLastChunks);
-constexpr int kFewestRows = 2;                      // of a block: its first row costs two more cells' rows
-constexpr int kReduceColumns = 32, kReduceRows = 8;
+constexpr int kFewestRows = 2;                  // of a block: its first costs two more rows of cells
 static_assert(kCells * kStride <= kThreads, "a thread for each image column");
 
 // ---------------------------------------------------------------------------------------------------- traits
@@ -51,7 +48,7 @@ template <ElementType type, int channels> struct Traits {
     static constexpr bool kBiasTile = kBytes == 2;  // tf32 would round what is summed
     static constexpr int kPartial = kSums + (kBiasTile ? 0 : kChannels);  // floats of a block
     static_assert(kTiles < kN * kWarpsN, "the last warp has a tile to spare");
-    // Shared memory: the ring and 16 zeros, two rows of g, a row of `a`.
+    // Shared memory: the ring, 64 cells a row, and 16 zeros; two rows of g; a row of `a`.
     static constexpr int kCellBytes = kChunk * kBytes, kRowBytes = 64 * kCellBytes, kChunkBytes = kRing * kRowBytes;
     static constexpr int kRowBits = (kRing - 1) * kRowBytes;  // of an offset: the row in the ring
     static constexpr int kZeros = kChunks * kChunkBytes, kImageBytes = kZeros + 128;
@@ -68,33 +65,10 @@ template <ElementType type, int channels> struct Traits {
 
 // ---------------------------------------------------------------------------------------------------- the product
 
-// The first warps have n tiles each, the others one fewer, so that warps w and w + 4, which share a tensor core, have 13 of 51
-// together, or 12. In 16 bits the last warp has one more, tile 51, all ones: the bias gradient.
-DEVICE int tiles_of(int warp, int warps, int n) { return warp < kTiles - warps * (n - 1) ? n : n - 1; }
-DEVICE int first_tile(int warp, int warps, int n) {
-    const int longer = kTiles - warps * (n - 1);
-    return warp * n - (warp < longer ? 0 : warp - longer);
-}
-
-// A tile's place in the map: cells it is shifted by, and its chunk.
-struct Tile {
-    int dy, dx, chunk;
-};
-
-DEVICE Tile tile_of(int index) {
-    index = index < kTiles ? index : kTiles - 1;  // an odd last one is loaded with the one behind it
-    Tile tile;
-    tile.dy = index / (kWindow * kChunks);
-    const int rest = index - tile.dy * kWindow * kChunks, chunks = tile.dy == kWindow - 1 ? kLastChunks : kChunks;
-    tile.dx = rest / chunks;
-    tile.chunk = rest % chunks;
-    return tile;
-}
-
 template <class T> using Sums = float[T::kM][T::kN][4];
 
-// Adds the products of 16 pixels (8 of tf32) from pixel `at` on, or with kEnd of 8 that may reach behind `width`. There is no
-// gradient, but the cells may hold what times zero is not zero: zeros are multiplied instead. `tiles` are offsets in the ring.
+// Adds the products of 16 pixels (8 of tf32) from pixel `at` on, or with kEnd of 8 that may reach behind `width`. There the
+// gradient is zero, but cells may hold NaN: zeros are multiplied instead. `tiles` are offsets in the ring.
 template <class T, bool kEnd>
 DEVICE void multiply(Sums<T>& sums, const uint8_t* grad, const uint8_t* image, const int (&tiles)[T::kLoads], int at,
                      int width) {
@@ -208,7 +182,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradien
     DYNAMIC_SHARED(uint8_t, image, 0, T::kImageBytes);
     DYNAMIC_SHARED(uint8_t, grads, T::kImageBytes, 2 * T::kGradBytes);
     DYNAMIC_SHARED(uint8_t, a, T::kImageBytes + 2 * T::kGradBytes, T::kMaskBytes);
-    const int warp_m = threadIdx.x / kWarpLanes / T::kWarpsN;
+    const int warp = threadIdx.x / kWarpLanes, warp_m = warp / T::kWarpsN;
+    // Warps w and w + 4 share a tensor core: one fills while the other multiplies.
+    const int last_to_fill = warp / (kWarps / 2);
 
     Cursor cursor = first_row(rows, p.out_height);
     Sums<T> sums = {};
@@ -240,71 +216,35 @@ template <class T> __global__ void __launch_bounds__(kThreads, 1) weight_gradien
         }
         turn<T>(tiles);
         int done = 0;
-        if (width >= kWholeColumns) {
-#pragma unroll
-            for (; done < kWholeColumns; done += T::Op::kDepth) {
+        if (width >= kEarlyColumns) {
+#pragma unroll (T::kBytes == 4 ? 1 : 2)
+            for (; done < kEarlyColumns; done += T::Op::kDepth) {
                 multiply<T, false>(sums, grad, image, tiles, done, width);
             }
         }
-        if (more) {
-            store_image<T>(image + (step + 1) % kRing * T::kRowBytes, raw, p.in, column);
-            if (cursor.multiplies()) {
-                prepare_gradient<T>(next, a, p.a != nullptr, bias);
-            }
-        }
 #pragma unroll 1
-        for (; done < width; done += 8) {
-            multiply<T, true>(sums, grad, image, tiles, done, width);
+        for (int half = 0; half < 2; ++half) {
+            if (half == last_to_fill) {
+                if (more) {
+                    store_image<T>(image + (step + 1) % kRing * T::kRowBytes, raw, p.in, column);
+                    if (cursor.multiplies()) {
+                        prepare_gradient<T>(next, a, p.a != nullptr, bias);
+                    }
+                }
+                continue;
+            }
+#pragma unroll 1
+            for (; done + T::Op::kDepth <= width; done += T::Op::kDepth) {
+                multiply<T, false>(sums, grad, image, tiles, done, width);
+            }
+#pragma unroll 1
+            for (; done < width; done += 8) {
+                multiply<T, true>(sums, grad, image, tiles, done, width);
+            }
         }
     }
     __syncthreads();
     write_partial<T>(p, reinterpret_cast<float*>(image), sums, bias);
-}
-
-// How the sums of a block lie in its partial.
-struct Layout {
-    int blocks, length, warps_n, m, n;
-};
-
-// dW and db: a column of the block is one sum; its row r adds blocks r, r + 8, ..., then the rows are added in their order.
-template <ElementType kType> __global__ void __launch_bounds__(kReduceColumns * kReduceRows)
-reduce_partials(Conv1Backward p, Layout layout) {
-    STATIC_SHARED(float, totals, kReduceRows * kReduceColumns);
-    const int sums = layout.m * layout.n * 4 * kThreads, length = layout.length;
-    const int column = threadIdx.x, row = threadIdx.y, at = blockIdx.x * kReduceColumns + column;
-    const float* partial = static_cast<const float*>(p.workspace) + at;
-    float total = 0;
-    for (int block = row; at < length && block < layout.blocks; block += kReduceRows) {
-        total += partial[static_cast<int64_t>(block) * length];
-    }
-    totals[row * kReduceColumns + column] = total;
-    __syncthreads();
-    if (row > 0 || at >= length) {
-        return;
-    }
-    for (int r = 1; r < kReduceRows; ++r) {
-        total += totals[r * kReduceColumns + column];
-    }
-    if (at >= sums) {
-        if (p.db != nullptr) {
-            store_one<kType>(p.db, at - sums, total);
-        }
-        return;
-    }
-    const int thread = at % kThreads, i = at / kThreads, lane = thread % kWarpLanes, warp = thread / kWarpLanes;
-    const int warp_n = warp % layout.warps_n, n = i / 4 % layout.n;
-    const int o = (warp / layout.warps_n * layout.m + i / 4 / layout.n) * 16 + lane / 4 + i % 4 / 2 * 8;
-    const int index = first_tile(warp_n, layout.warps_n, layout.n) + n;
-    const Tile tile = tile_of(index);
-    const int tap = lane % 4 * 2 + i % 2, run = tile.chunk * 2 + tap / kStride;
-    const int ky = tile.dy * kStride + run / kColors, kx = tile.dx * kStride + tap % kStride;
-    if (p.db != nullptr && length == sums && index == kTiles && tap == 0) {
-        store_one<kType>(p.db, o, total);
-    }
-    if (p.dw != nullptr && n < tiles_of(warp_n, layout.warps_n, layout.n) && ky < kKernel && kx < kKernel) {
-        const int* strides = p.weight_strides;
-        store_one<kType>(p.dw, o * strides[0] + run % kColors * strides[1] + ky * strides[2] + kx * strides[3], total);
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------- launchers

@@ -3,8 +3,7 @@
 //
 // Four by four image pixels of three colours are one cell of a space-to-depth map, on which the convolution has stride 1 and
 // a 3 x 3 window: image row 4 i + ry - pad_top, column 4 j + rx - pad_left lies in cell (i, j), and kernel row ky = 4 dy + ry
-// meets it from output row i - dy. A cell's 48 numbers are ordered (ry, colour, rx); eight of them, two rows of one colour
-// each, are a chunk.
+// meets it from output row i - dy. A cell's 48 numbers are ordered (ry, colour, rx): twelve runs of four. Two runs are a chunk.
 #pragma once
 
 #include "conv1_backward.h"

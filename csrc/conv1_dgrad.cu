@@ -1,13 +1,13 @@
 // The data gradient of a convolution 11 x 11, stride 4, of three colours. On the space-to-depth map (conv1_backward_device.h)
-// it is a dense convolution of stride 1 that gathers:
+// it is a dense convolution of stride 1 that gathers, n = (ry, c, rx):
 //
-//   dcell[i, j, n] = Σ_{dy, dx, o} g[i - dy, j - dx, o] · W[o, c, 4 dy + ry, 4 dx + rx]          n = (ry, c, rx); dx = dcell · scale[c]
+//   dcell[i, j, n] = Σ_{dy, dx, o} g[i - dy, j - dx, o] W[o, c, 4 dy + ry, 4 dx + rx]          dx = dcell scale[c]
 //
 // g = grad, zero where a <= 0 and outside the map; W is zero where 4 dy + ry or 4 dx + rx is 11. Each pixel belongs to one
-// cell, so it is written once, nothing is added in memory, and pixels no window reaches get their zeros from the same sum.
+// cell, so it is written once, nothing is added in memory, and pixels that no window reaches get their zeros by the same sum.
 //
-// As a product on the tensor cores: M = cells, N = 48 numbers of a cell, K = 9 taps x channels. A block computes 4 x 64 cells,
-// a warp 32 of a row; it goes through the channels in slices of 32 bytes, one product deep. For a slice 6 x 66 pixels of g and 9 x
+// As a product on the tensor cores: M = cells, N = 48 numbers of a cell, K = 9 taps x channels. A block computes 4 x 64
+// cells, a warp 32 of a row, through slices of 32 bytes of channels, one product deep. For a slice 6 x 66 pixels of g and 9 x
 // 48 rows of the weights lie in shared memory, 48 bytes apart (an odd number of 16: no bank conflict), twice, so that the
 // next slice comes by asynchronous copies while one is multiplied. A small kernel lays the weights out in slices before.
 #include "conv1_backward_device.h"
@@ -202,7 +202,8 @@ template <ElementType kType> __global__ void __launch_bounds__(kThreads, 2) data
 template <ElementType kType> void launch_both(const Conv1Backward& p, void* stream) {
     const unsigned weights = (kTaps * kCell * p.channels + kThreads - 1) / kThreads;
     launch(pack_weights<kType>, dim3(weights), dim3(kThreads), 0, stream, p);
-    const int rows = (p.in.height + p.in.pad_top + kStride - 1) / kStride, columns = (p.in.width + p.in.pad_left + kStride - 1) / kStride;
+    const int rows = (p.in.height + p.in.pad_top + kStride - 1) / kStride;  // of cells
+    const int columns = (p.in.width + p.in.pad_left + kStride - 1) / kStride;
     const Blocks blocks{(rows + kRows - 1) / kRows, (columns + kColumns - 1) / kColumns};
     launch(data_gradient<kType>, dim3(static_cast<unsigned>(p.in.images * blocks.rows * blocks.columns)), dim3(kThreads),
            kSharedBytes, stream, p, blocks);

@@ -63,7 +63,8 @@ int check(ElementType type, Conv1Source source, const Shape& s, int channels, bo
     const auto x = tensor(in, source, random), weight = tensor(weights, same, random), grad = tensor(out, same, random),
                a = tensor(out, same, random);
     const float mean[3] = {1, 2, 3}, scale[3] = {0.5f, 0.25f, 2};
-    std::vector<uint8_t> dx(source == Conv1Source::kUint8 ? 0 : x.size()), dw(weight.size()), db(channels * weight.size() / weights);
+    std::vector<uint8_t> dx(source == Conv1Source::kUint8 ? 0 : x.size()), dw(weight.size());
+    std::vector<uint8_t> db(channels * weight.size() / weights);
     Conv1Backward p{};
     p.in = {x.data(), source, mean, scale, s.images, 3 * s.height * s.width, s.height, s.width, s.width, 1,
             s.height * s.width, s.top, s.left};

@@ -350,7 +350,7 @@ PLANTS: dict[str, tuple[str, str, str]] = {  # file, what stands there, what is 
     "missing wait": ("conv1_rows.h", "copy_async_wait<0>();", ""),
     "cells behind the row's end": ("conv1_backward.cu", "inside = !kEnd || at + lane", "inside = true || at + lane"),
     "no spare gradient": ("conv1_dgrad.cu", "const int other = (slice + 1) % 2;", "const int other = slice % 2;"),
-    "a sum over blocks that forgets one": ("conv1_backward.cu", "int block = row;", "int block = row + 1;"),
+    "a sum over blocks that forgets one": ("conv1_sums.h", "int block = row;", "int block = row + 1;"),
 }
 
 
