@@ -39,7 +39,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def conv1_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("host") / "conv1.so", CONV1, ["-O2", "-fPIC", "-shared"])
+    return build(tmp_path_factory.mktemp("host") / "conv1.so", CONV1, ["-O1", "-fPIC", "-shared"])
 
 
 @pytest.fixture(scope="session")
