@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ def build(target: Path, sources: list[str], flags: list[str]) -> Path:
         [compiler, *FLAGS, *flags, *(str(ROOT / source) for source in sources), "-o", str(target)], check=True
     )
     return target
+
+
+@pytest.fixture(scope="session")
+def build_host() -> Callable[[Path, list[str], bool], Path]:
+    """Builds a program of one test's own: its target, its sources, whether with sanitizers."""
+    return lambda target, sources, sanitize: build(target, sources, ["-O0", *(SANITIZERS if sanitize else [])])
 
 
 @pytest.fixture(scope="session")
