@@ -388,6 +388,18 @@ def test_useful_products(host: ctypes.CDLL) -> None:
             assert useful >= (0.88 if images == 256 else 0.80), (stem, images, useful)
 
 
+def test_shared_memory(host: ctypes.CDLL) -> None:
+    sizes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for stem in (False, True):
+            case = Case(27, 27, dtype=dtype, stem=stem)
+            described = host.describe_conv1_forward(
+                problem(case, draw(case), None, torch.empty(1) if stem else None, None), DTYPES.index(dtype), LARGE
+            )
+            sizes.append(described.shared_bytes)
+    assert sizes == [198_784, 219_984, 100_480, 111_504]  # as test_nvcc_conv1.py has them
+
+
 def test_refusals(host: ctypes.CDLL) -> None:
     def refusal(case: Case, shared: int = LARGE, **changes: Any) -> bytes:
         inputs = draw(dataclasses.replace(case, channels=48, images=1))
