@@ -28,6 +28,12 @@ def build(target: Path, sources: list[str], flags: list[str]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def build_host() -> Callable[[Path, list[str], bool], Path]:
+    """Builds a program of one test's own: its target, its sources, whether with sanitizers."""
+    return lambda target, sources, sanitize: build(target, sources, ["-O0", *(SANITIZERS if sanitize else [])])
+
+
+@pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("host") / "kernels.so"
     return build(target, [*KERNELS, "tests/host/driver.cpp"], ["-O2", "-fPIC", "-shared"])
@@ -41,7 +47,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def conv1_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("host") / "conv1.so", CONV1, ["-O2", "-fPIC", "-shared"])
+    return build(tmp_path_factory.mktemp("host") / "conv1.so", CONV1, ["-O1", "-fPIC", "-shared"])
 
 
 @pytest.fixture(scope="session")
