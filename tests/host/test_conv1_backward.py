@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_kernels import _extension
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of ElementType
 SOURCES = [*DTYPES, torch.uint8]  # and of Conv1Source
 MEAN, SCALE = torch.tensor([110.25, 3.0, -20.5]), torch.tensor([0.0625, 0.75, 0.03])
@@ -208,18 +210,24 @@ def run(host: ctypes.CDLL, case: Case, data: Data, wanted: tuple[str, ...] = ("d
     return {name: results[name] for name in wanted}
 
 
-def check(host: ctypes.CDLL, case: Case, seed: int = 0) -> None:
-    """Each fp32 sum of n terms is off by at most n rounding errors of the sum of their magnitudes; the result is rounded once
-    more."""
-    data = inputs(case, seed)
-    got, want, magnitude = run(host, case, data), expected(case, data), expected(case, data, magnitudes=True)
+def check_values(case: Case, data: Data, got: Gradients, errors: int = 1) -> None:
+    """Each fp32 sum of n terms is off by at most n rounding errors (``errors`` times as much where a sum is not rounded to the
+    nearest) of the sum of their magnitudes; the result is rounded once more."""
+    want, magnitude = expected(case, data), expected(case, data, magnitudes=True)
     pixels = case.size[0] * out_size(case)[0] * out_size(case)[1]
     terms = {"dx": 9 * case.channels, "dw": pixels, "db": pixels}
     for name, value in got.items():
         info = torch.finfo(value.dtype)
-        bound = terms[name] * 2.0**-24 * magnitude[name] + info.eps / 2 * want[name].abs() + info.smallest_normal
+        bound = (
+            errors * terms[name] * 2.0**-24 * magnitude[name] + info.eps / 2 * want[name].abs() + info.smallest_normal
+        )
         excess = ((value.double() - want[name]).abs() - bound).max()
         assert excess <= 0, (name, float(excess))
+
+
+def check(host: ctypes.CDLL, case: Case, seed: int = 0) -> None:
+    data = inputs(case, seed)
+    check_values(case, data, run(host, case, data))
 
 
 cases = st.builds(
@@ -372,3 +380,67 @@ def test_planted_bugs_are_caught(name: str, plant: Callable[[str, str, str], Pat
 def test_sanitizers_and_orders(conv1_backward_sanitized: Path) -> None:
     done = subprocess.run([conv1_backward_sanitized], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[bool]]
+
+
+def call(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    if (reason := _extension.why_not("cuda")) is not None:
+        pytest.skip(reason)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.alexnet_kernels_cuda.conv1_backward(*arguments)
+    return found
+
+
+def arguments_of(case: Case, data: Data, device: str) -> Arguments:
+    def laid_out(t: Tensor, channels_last: bool) -> Tensor:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return t.to(device).contiguous(memory_format=layout)
+
+    grad, a = laid_out(data.grad, True), None if data.a is None else laid_out(data.a, True)
+    x, weight = laid_out(data.x, case.channels_last), laid_out(data.weight, case.weight_channels_last)
+    mean, scale = (MEAN.to(device), SCALE.to(device)) if case.normalised else (None, None)
+    return grad, a, x, weight, mean, scale, list(case.padding), [case.source != torch.uint8, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [48, 64, 96])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.uint8])
+def test_on_a_gpu(source: torch.dtype, dtype: torch.dtype, channels: int) -> None:
+    case = Case((5, 227, 239), channels, (0, 0, 2, 1), dtype, source, channels == 64, channels == 96, normalised=True)
+    data = inputs(case)
+    runs = [call(arguments_of(case, data, "cuda")) for _ in range(3)]
+    got = {name: t.cpu() for name, t in zip(("dx", "dw", "db"), runs[0], strict=True) if t.numel()}
+    assert ("dx" in got) == (source != torch.uint8)
+    check_values(case, data, got, errors=2)  # a tensor core cuts off what an addition rounds
+    assert runs[0][1].stride() == arguments_of(case, data, "cuda")[3].stride()
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_errors_of_the_op_on_a_gpu() -> None:
+    case = Case((1, 15, 19))
+    grad, a, x, weight, mean, scale, padding, mask = arguments_of(case, inputs(case), "cuda")
+    few = grad[:, :32].contiguous(memory_format=torch.channels_last)
+    wrong: dict[str, Arguments] = {
+        "grad must be dense channels_last": (grad.contiguous(), a, x, weight, mean, scale, padding, mask),
+        "grad must have weight's dtype": (grad.float(), a, x, weight, mean, scale, padding, mask),
+        "grad must be \\[1, 48, 2, 3\\], got": (grad[:, :, :1], a, x, weight, mean, scale, padding, mask),
+        "mask must be three bools": (grad, a, x, weight, mean, scale, padding, [True]),
+        "x of uint8 has no gradient": (grad, a, x.byte(), weight, MEAN.cuda(), SCALE.cuda(), padding, mask),
+        "the channels are not 48, 64 or 96": (few, None, x, weight[:32], mean, scale, padding, mask),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            call(arguments)
+
+
+@pytest.mark.gpu
+def test_an_empty_batch_on_a_gpu() -> None:
+    case = Case((0, 15, 19))
+    dx, dw, db = call(arguments_of(case, inputs(case), "cuda"))
+    assert dx.shape == (0, 3, 15, 19) and not dw.any() and not db.any()

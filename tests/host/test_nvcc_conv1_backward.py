@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHT, DATA = ROOT / "csrc/conv1_backward.cu", ROOT / "csrc/conv1_dgrad.cu"
@@ -86,3 +88,22 @@ def test_data_gradient_on_sm_90(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", [80, 100])
 def test_other_architectures(source: Path, architecture: int, tmp_path: Path) -> None:
     check(source, architecture, tmp_path / "kernel.cubin")
+
+
+@pytest.mark.slow
+def test_the_op_links_and_loads(tmp_path: Path) -> None:
+    """In a process of its own, for a registered library cannot be taken back."""
+    if torch.version.cuda is None:
+        pytest.skip("a CPU build of torch cannot load a library that links CUDA")
+    home, library = Path(torch.__file__).parent, tmp_path / "_cuda.abi3.so"
+    flags = ["-arch=sm_90a", "-shared", "-cudart", "shared", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+    torchs = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{home / 'include'}", f"-L{home / 'lib'}"]
+    libraries = ["-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
+    nvcc(*flags, *torchs, WEIGHT, DATA, ROOT / "csrc/bindings_conv1_backward.cpp", "-o", library, *libraries)
+    code = f"import torch; torch.ops.load_library({str(library)!r}); "
+    code += "print(torch.ops.alexnet_kernels_cuda.conv1_backward.default._schema)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        "conv1_backward(Tensor grad, Tensor? a, Tensor x, Tensor weight, Tensor? mean, Tensor? scale, int[] padding, "
+        "bool[] mask) -> (Tensor, Tensor, Tensor)"
+    ) in done.stdout, done.stderr
