@@ -82,14 +82,15 @@ template <class T, int kCount> DEVICE void pool_words(uint32_t (&best)[kCount], 
     }
 }
 
-// Maxima of eight channels and their places: the first of equal ones, NaN wins.
-template <class T> DEVICE void pool_places(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
+// Maxima of eight channels and their places one tap after another: the first of equal ones, NaN wins, the last of several.
+template <class T> DEVICE void pool_scan(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
     place[0] = place[1] = 0;
-#pragma unroll
+#pragma unroll 1
     for (int tap = 0; tap < kWindow * kWindow; ++tap) {
-        if (tap == 0 || (tap / kWindow < window.rows && tap % kWindow < window.columns)) {
+        if (tap / kWindow < window.rows && tap % kWindow < window.columns) {
+            const uint8_t* row = tap < kWindow ? window.row[0] : tap < 2 * kWindow ? window.row[1] : window.row[2];
             float values[kVector];
-            load_vector<T>(values, window.row[tap / kWindow] + tap % kWindow * T::kPixel + at);
+            load_vector<T>(values, row + tap % kWindow * T::kPixel + at);
 #pragma unroll
             for (int c = 0; c < kVector; ++c) {
                 const bool wins = tap == 0 || values[c] > best[c] || values[c] != values[c];
@@ -98,6 +99,36 @@ template <class T> DEVICE void pool_places(float (&best)[kVector], uint32_t (&pl
                 place[c / 4] = wins ? (place[c / 4] & ~byte) | (tap * 0x01010101u & byte) : place[c / 4];
             }
         }
+    }
+}
+
+// The same by the maxima first, two channels at once, and then, from the last tap to the first, who equals them: half the
+// instructions. Nothing equals NaN; then the scan decides.
+template <class T> DEVICE void pool_places(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
+    constexpr int kNobody = 0x80;
+    uint32_t words[T::kWords];
+    pool_words<T>(words, window, at);
+    unpack<T>(best, 0, words);
+    int taps[kVector];
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+        taps[c] = kNobody;
+    }
+#pragma unroll
+    for (int tap = kWindow * kWindow - 1; tap >= 0; --tap) {
+        if (tap == 0 || (tap / kWindow < window.rows && tap % kWindow < window.columns)) {
+            float values[kVector];
+            load_vector<T>(values, window.row[tap / kWindow] + tap % kWindow * T::kPixel + at);
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) {
+                taps[c] = values[c] == best[c] ? tap : taps[c];
+            }
+        }
+    }
+    place[0] = taps[0] | taps[1] << 8 | taps[2] << 16 | taps[3] << 24;
+    place[1] = taps[4] | taps[5] << 8 | taps[6] << 16 | taps[7] << 24;
+    if ((place[0] | place[1]) & kNobody * 0x01010101u) {
+        pool_scan<T>(best, place, window, at);
     }
 }
 

@@ -128,29 +128,42 @@ template <Conv1Source kSource> DEVICE float element(const void* x, int at) {
 }
 
 // The strip whose corner is pixel (top, left) of the image, as far as `length` numbers of a line; outside there are zeros. A
-// warp takes every n-th row of pixels, lanes take words: neighbours in memory. All loads of a row are under way together.
+// warp takes every n-th row of pixels, lanes take words: neighbours in memory. All loads of a row are under way together, each
+// from an address inside the image; `keep` makes zeros of what lies outside.
 template <class T, Conv1Source kSource>
 DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* image, int top, int left, int length) {
     constexpr int kPerWord = T::E::kPerWord, kTurns = (T::kLineWords + kWarpSize - 1) / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
+    int column[kTurns * kPerWord];
+    uint32_t keep[kTurns];
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+        const int word = lane + i * kWarpSize;
+        keep[i] = 0;
+#pragma unroll
+        for (int j = 0; j < kPerWord; ++j) {
+            const int x = left + word * kPerWord + j;
+            const bool exists = x >= 0 && x < in.width && word * kPerWord < length;
+            column[i * kPerWord + j] = exists ? x * in.column_stride : 0;
+            keep[i] |= exists ? (kPerWord == 1 ? 0xffffffff : 0xffffu << 16 * j) : 0;
+        }
+    }
     float mean[kPlanes], scale[kPlanes];
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
         mean[plane] = in.mean != nullptr ? in.mean[plane] : 0, scale[plane] = in.mean != nullptr ? in.scale[plane] : 1;
     }
+#pragma unroll 1
     for (int row = threadIdx.x / kWarpSize; row < kStripRows; row += T::kThreads / kWarpSize) {
-        const int y = top + row;
-        const bool inside = y >= 0 && y < in.height;
+        const bool inside = top + row >= 0 && top + row < in.height;
+        const int from = inside ? (top + row) * in.row_stride : 0;
+        const uint32_t keep_row = inside ? 0xffffffff : 0;
         float values[kPlanes][kTurns * kPerWord];
 #pragma unroll
-        for (int i = 0; i < kTurns * kPerWord; ++i) {
-            const int word = lane + i / kPerWord * kWarpSize, x = left + word * kPerWord + i % kPerWord;
-            const bool exists = inside && x >= 0 && x < in.width && word * kPerWord < length;
-            const int at = exists ? y * in.row_stride + x * in.column_stride : 0;
+        for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll
-            for (int plane = 0; plane < kPlanes; ++plane) {
-                const float value = exists ? element<kSource>(image, at + plane * in.plane_stride) : 0;
-                values[plane][i] = exists ? (value - mean[plane]) * scale[plane] : 0;
+            for (int i = 0; i < kTurns * kPerWord; ++i) {
+                values[plane][i] = element<kSource>(image, from + plane * in.plane_stride + column[i]);
             }
         }
 #pragma unroll
@@ -158,8 +171,10 @@ DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* ima
             uint32_t* line = reinterpret_cast<uint32_t*>(strip + (row * kPlanes + plane) * T::kLine);
 #pragma unroll
             for (int i = 0; i < kTurns; ++i) {
+                const float first = (values[plane][i * kPerWord] - mean[plane]) * scale[plane];
+                const float second = (values[plane][(i + 1) * kPerWord - 1] - mean[plane]) * scale[plane];
                 if (lane + i * kWarpSize < T::kLineWords) {
-                    line[lane + i * kWarpSize] = T::encode(values[plane][i * kPerWord], values[plane][(i + 1) * kPerWord - 1]);
+                    line[lane + i * kWarpSize] = T::encode(first, second) & keep[i] & keep_row;
                 }
             }
         }
