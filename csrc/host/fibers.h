@@ -96,7 +96,9 @@ struct Block {
 
 inline Block* the_block = nullptr;
 inline int shared_limit = kSharedMemory;  // of the device that is played
-inline int order = 0;  // of the turns: 0 forward, 1 reversed, anything else the seed of a shuffle for each round
+// Of the turns: 0 forward, 1 reversed, both a warp after another, each as far as it can come; anything else is the seed of a
+// shuffle for each round, in which each fiber has one turn.
+inline int order = 0;
 
 inline void poison(const uint8_t* address, size_t bytes, bool on) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -272,13 +274,19 @@ inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& rand
         if (order > 1) {
             std::shuffle(turns.begin(), turns.end(), random);
         }
-        for (unsigned i : turns) {
-            Fiber& f = b.fibers[i];
-            if (!f.done && !asleep(b, f)) {
-                turn(f);
-            }
-            if (!b.error.empty()) {
-                throw std::runtime_error(b.error);
+        for (size_t from = 0; from < turns.size(); from += kWarp) {
+            for (bool moved = true; moved;) {
+                moved = false;
+                for (size_t i = from; i < std::min(from + kWarp, turns.size()); ++i) {
+                    Fiber& f = b.fibers[turns[i]];
+                    if (!f.done && !asleep(b, f)) {
+                        turn(f);
+                        moved = order < 2;
+                    }
+                    if (!b.error.empty()) {
+                        throw std::runtime_error(b.error);
+                    }
+                }
             }
         }
     } while (!finished(b));

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_kernels import reference
+from alexnet_kernels import _extension, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of ElementType
 SOURCES = [*DTYPES, torch.uint8]  # in the order of Conv1Source
@@ -424,3 +424,98 @@ def test_refusals(host: ctypes.CDLL) -> None:
 def test_sanitizers_and_orders(conv1_sanitized: Path) -> None:
     done = subprocess.run([conv1_sanitized], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def operations() -> Any:
+    reason = _extension.why_not("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    return torch.ops.alexnet_kernels_cuda
+
+
+def on_gpu(operations: Any, case: Case, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, bias, mean, scale = (
+        None if t is None else t.cuda() for t in (inputs.x, inputs.weight, inputs.bias, inputs.mean, inputs.scale)
+    )
+    image = (x, weight, bias, mean, scale, list(case.padding), case.relu)
+    if not case.stem:
+        return operations.conv1(*image).cpu(), torch.empty(0), torch.empty(0)
+    normalise = (LRN[0], LRN[1], case.beta, LRN[3], case.groups)
+    y, a, place = operations.stem(*image, *normalise, list(WINDOW), case.ceil_mode, case.pool_first, case.keep)
+    return a.cpu(), y.cpu(), place.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("source", "channels"),
+    [*zip(SOURCES, (96, 48, 64, 96), strict=True)],  # they do not meet: one loads, one multiplies
+)
+@pytest.mark.parametrize("pool_first", [None, False, True])
+def test_gpu_against_fp64(
+    operations: Any, dtype: torch.dtype, source: torch.dtype, channels: int, pool_first: bool | None
+) -> None:
+    case = Case(
+        *(227, 240, 2, channels, (2, 1, 0, 3), dtype, source),
+        channels_last=channels == 64,
+        normalised=source == torch.uint8,
+        stem=pool_first is not None,
+        pool_first=bool(pool_first),
+        groups=2,
+        ceil_mode=channels == 48,
+    )
+    inputs = draw(case)
+    a, y, place = on_gpu(operations, case, inputs)
+    check_activation(case, inputs, a)
+    if case.stem:
+        check_pooled(case, a, y, place)
+        nothing, alone, _ = on_gpu(operations, dataclasses.replace(case, keep=False), inputs)
+        assert nothing.shape == (0,) and torch.equal(alone, y)
+        for _ in range(3):
+            assert all(
+                torch.equal(one, two) for one, two in zip(on_gpu(operations, case, inputs), (a, y, place), strict=True)
+            )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_more_than_2_to_the_31_numbers(operations: Any) -> None:
+    case = Case(227, 227, source=torch.uint8, normalised=True, channels_last=True)
+    inputs = draw(case)
+    x = torch.zeros(8192, 227, 227, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+    x[0] = x[-1] = inputs.x[0].cuda()
+    a, _, _ = on_gpu(operations, case, inputs)
+    rest = [t.cuda() for t in (inputs.weight, inputs.bias, inputs.mean, inputs.scale) if t is not None]
+    many = operations.conv1(x, *rest, [0, 0, 0, 0], True)
+    assert torch.equal(many[0].cpu(), a[0]) and torch.equal(many[-1].cpu(), a[0])
+
+
+@pytest.mark.gpu
+def test_gpu_errors(operations: Any) -> None:
+    x, weight = torch.zeros(1, 3, 27, 27, device="cuda"), torch.zeros(48, 3, 11, 11, device="cuda")
+    rest: Any = (None, None, None, [0, 0, 0, 0], True)
+    for arguments, says in [
+        ((x[:, :2], weight, *rest), r"x must be \[N, 3, H, W\], got \[1, 2, 27, 27\]"),
+        ((x[..., ::2], weight, *rest), r"x must be dense, contiguous or channels_last: call x.contiguous\(\)"),
+        ((x.double(), weight, *rest), "x must be float32, float16, bfloat16 or uint8: convert it"),
+        ((x.byte(), weight, *rest), "mean and scale are needed for an x of uint8: give both"),
+        ((x, weight[:, :, 1:], *rest), r"weight must be \[O, 3, 11, 11\], got \[48, 3, 10, 11\]"),
+        ((x, weight.double(), *rest), "weight must be float32, float16 or bfloat16: convert it"),
+        ((x, weight.cpu(), *rest), "weight must be on x's device"),
+        ((x, weight[:32], *rest), "conv1: the weights are for 48, 64 or 96 channels, no other number"),
+        ((x, weight, None, x[0, :, 0, 0], None, [0] * 4, True), "mean and scale belong together: give both or neither"),
+        ((x, weight, None, None, None, [0, 0], True), r"padding must be \[top, bottom, left, right\], got 2 numbers"),
+        ((x, weight, None, None, None, [0, -1, 0, 0], True), "padding must be from 0 to 65535, got -1"),
+        ((x[:, :, :9].contiguous(), weight, *rest), "the padded image is smaller than the kernel of 11 x 11"),
+    ]:
+        with pytest.raises(RuntimeError, match=says):
+            operations.conv1(*arguments)
+    with pytest.raises(RuntimeError, match="size must be 5"):
+        operations.stem(x, weight, *rest, 3, 1.0, 0.75, 1.0, 1, list(WINDOW), False, False, False)
+    with pytest.raises(RuntimeError, match="window must be that of a pool of 3 x 3"):
+        operations.stem(x, weight, *rest, 5, 1.0, 0.75, 1.0, 1, [2, 2, 2, 2, 0, 0, 1, 1], False, False, False)
+    assert operations.conv1(x[:0], weight, *rest).shape == (0, 48, 5, 5)
