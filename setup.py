@@ -25,7 +25,15 @@ VARIABLE = "ALEXNET_KERNELS_BUILD"
 PACKAGE = "alexnet_kernels"
 SOURCES = {
     "cpu": ["csrc/lrn_pool_cpu.cpp", "csrc/bindings_cpu.cpp"],
-    "cuda": ["csrc/lrn_pool_backward.cu", "csrc/bindings_cuda.cpp"],
+    "cuda": [
+        "csrc/lrn_pool_backward.cu",
+        "csrc/conv1_forward.cu",
+        "csrc/conv1_backward.cu",
+        "csrc/conv1_dgrad.cu",
+        "csrc/bindings_cuda.cpp",
+        "csrc/bindings_conv1.cpp",
+        "csrc/bindings_conv1_backward.cpp",
+    ],
 }
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10, the oldest that is supported
 LIMITED = "-DPy_LIMITED_API=0x030a0000"

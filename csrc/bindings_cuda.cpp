@@ -1,54 +1,17 @@
-// What torch sees of the CUDA kernels. LibTorch's stable ABI only, so one build serves every torch >= 2.10.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+// What torch sees of the fused backward on CUDA; the library that other files add to. LibTorch's stable ABI only, so one build serves every torch >= 2.10.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "lrn_pool_backward.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kAlignment = 16;  // of the kernels' loads
-
-ElementType element_type(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float: return ElementType::kFloat32;
-        case ScalarType::Half: return ElementType::kFloat16;
-        case ScalarType::BFloat16: return ElementType::kBFloat16;
-        default: STD_TORCH_CHECK(false, "x must be float32, float16 or bfloat16");
-    }
-}
-
-// Dense, channels innermost; the stride of a dim of size 1 says nothing.
-bool channels_last(const Tensor& t) {
-    int64_t expected = 1;
-    for (int64_t dim : {1, 3, 2, 0}) {
-        if (t.size(dim) != 1 && t.stride(dim) != expected) {
-            return false;
-        }
-        expected *= t.size(dim);
-    }
-    return true;
-}
-
-const void* address(const Tensor& t, const char* name) {
-    const void* data = t.data_ptr();
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % kAlignment == 0, name,
-                    " must start at a multiple of 16 bytes: clone it");
-    return data;
-}
+using namespace bindings;
 
 void check_activation(const Tensor& t, const Tensor& x, const char* name) {
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on x's device");
@@ -61,7 +24,7 @@ std::tuple<Tensor, Tensor> lrn_pool_backward_cuda(const Tensor& grad, const Tens
                                                   double k, int64_t groups, std::vector<int64_t> window, bool pool_first,
                                                   bool with_bias_grad) {
     STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
-    const ElementType type = element_type(x);
+    const ElementType type = element_type(x, "x");
     for (const auto& [tensor, name] : {std::pair(&x, "x"), std::pair(&grad, "grad"), std::pair(&place, "place")}) {
         check_activation(*tensor, x, name);
     }
@@ -110,11 +73,8 @@ std::tuple<Tensor, Tensor> lrn_pool_backward_cuda(const Tensor& grad, const Tens
     }
 
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    lrn_pool_backward(problem, type, stream);
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "lrn_pool_backward: ", cudaGetErrorString(error));
+    lrn_pool_backward(problem, type, current_stream(x));
+    check_launch("lrn_pool_backward");
     return {dx, dbias};
 }
 

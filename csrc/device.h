@@ -24,6 +24,14 @@ void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, voi
     kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 }
 
+// Bytes of shared memory that a block may ask for on the current device.
+inline int shared_memory_limit() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
 DEVICE uint32_t shuffle_up(uint32_t value) { return __shfl_up_sync(0xffffffffu, value, 1); }
 DEVICE uint32_t shuffle_down(uint32_t value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -56,6 +64,9 @@ DEVICE float fast_exp2(float v) {
     return r;
 }
 
+// Brings the cache line of an address in global memory to L2.
+DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 // max, NaN if either is.
 DEVICE float max_nan(float a, float b) {
     float r;
@@ -82,6 +93,13 @@ DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {  // sm_80 has no addition o
 DEVICE uint32_t add_half2(uint32_t a, uint32_t b) {
     uint32_t r;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// All bits of each half whose uppermost is set.
+DEVICE uint32_t spread_signs_16x2(uint32_t word) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(r) : "r"(word));
     return r;
 }
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-enum class ElementType { kFloat32, kFloat16, kBFloat16 };
+#include "element_type.h"
 
 // Everything is dense channels_last and starts at a multiple of 16 bytes.
 struct LrnPoolBackward {

@@ -3,11 +3,11 @@
 #pragma once
 
 #include "device.h"
-#include "lrn_pool_backward.h"
+#include "element_type.h"
 
 constexpr int kVector = 8;  // channels of a thread
 
-// Eight elements of T as words: how they become fp32 and back, and a = max(floor, x + bias) rounded to T.
+// Eight elements of T as words: how they become fp32 and back, the larger of two, a = max(floor, x + bias) rounded to T.
 template <ElementType> struct Element;
 
 template <> struct Element<ElementType::kFloat32> {
@@ -16,6 +16,7 @@ template <> struct Element<ElementType::kFloat32> {
     DEVICE static float first(uint32_t word) { return as_float(word); }
     DEVICE static float second(uint32_t word) { return as_float(word); }
     DEVICE static uint32_t pack(float first, float) { return as_bits(first); }
+    DEVICE static uint32_t maximum(uint32_t a, uint32_t b) { return as_bits(max_nan(as_float(a), as_float(b))); }
     DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
         return as_bits(max_nan(as_float(x) + as_float(bias), as_float(floor)));
     }
@@ -27,6 +28,7 @@ template <> struct Element<ElementType::kFloat16> {
     DEVICE static float first(uint32_t word) { return half_to_float(word); }
     DEVICE static float second(uint32_t word) { return half_to_float(word >> 16); }
     DEVICE static uint32_t pack(float first, float second) { return pack_half2(first, second); }
+    DEVICE static uint32_t maximum(uint32_t a, uint32_t b) { return max_nan_half2(a, b); }
     DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
         return max_nan_half2(add_half2(x, bias), floor);
     }
@@ -38,6 +40,7 @@ template <> struct Element<ElementType::kBFloat16> {
     DEVICE static float first(uint32_t word) { return as_float(word << 16); }
     DEVICE static float second(uint32_t word) { return as_float(word & 0xffff0000); }
     DEVICE static uint32_t pack(float first, float second) { return pack_bf16x2(first, second); }
+    DEVICE static uint32_t maximum(uint32_t a, uint32_t b) { return max_nan_bf16x2(a, b); }
     DEVICE static uint32_t activate(uint32_t x, uint32_t bias, uint32_t floor) {
         return max_nan_bf16x2(add_bf16x2(x, bias), floor);
     }

@@ -33,6 +33,8 @@ void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, voi
     host::launch(grid, block, shared, [=] { kernel(arguments...); });
 }
 
+inline int shared_memory_limit() { return host::shared_limit; }
+
 inline void __syncthreads() { host::barrier(); }
 
 // As __shfl_up_sync and __shfl_down_sync by one lane: the lane at the end keeps its own value.
@@ -54,6 +56,11 @@ inline uint32_t as_bits(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     return bits;
+}
+
+// Where nothing is read nothing is brought: an address outside an array is caught.
+inline void prefetch(const void* address) {
+    [[maybe_unused]] const volatile uint8_t byte = *static_cast<const uint8_t*>(address);
 }
 
 inline float fast_rsqrt(float v) { return 1 / std::sqrt(v); }
@@ -89,6 +96,7 @@ inline uint32_t float_to_half(float value) {
     return sign | std::min(rounded - (112u << 10), 0x7c00u);
 }
 
+inline uint32_t spread_signs_16x2(uint32_t word) { return (word >> 15 & 0x00010001) * 0xffff; }
 inline float low_bf16(uint32_t pair) { return as_float(pair << 16); }
 inline float high_bf16(uint32_t pair) { return as_float(pair & 0xffff0000); }
 inline uint32_t pack_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }

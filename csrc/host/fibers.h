@@ -16,6 +16,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,25 +37,41 @@ constexpr size_t kStack = 128 << 10;
 constexpr size_t kRedZone = 64;    // bytes before, between and after shared arrays
 constexpr size_t kSharedMemory = 227 << 10;
 constexpr size_t kArrays = 16;     // at most, of a kernel
+constexpr size_t kSlot = 40;       // bytes of a lane in a meeting of its warp: the largest is a product's 10 words
 constexpr uint8_t kPoison = 0xff;  // every float type reads it as NaN
 
 enum class Waits { kNothing, kBarrier, kWarp };
+
+struct Copy {
+    void* to;
+    const void* from;  // null: zeros
+    unsigned group;
+};
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     void* fake_stack = nullptr;  // ASan's
+    std::vector<Copy> copies;    // asynchronous ones, not made yet, in their order
+    unsigned copy_groups = 0;    // closed so far
     dim3 index;
     unsigned linear = 0, generation = 0;  // generation: of the exchange it waits for
     Waits waits = Waits::kNothing;
     bool done = false;
 };
 
-// One exchange of a warp: every lane leaves its value, the last to come wakes all. Two buffers, used in turn: nobody can be
-// two exchanges ahead of a lane that has not yet read.
+// One meeting of a warp: every lane leaves something, the last to come wakes all. Two buffers, used in turn: nobody can be
+// two meetings ahead of a lane that has not yet read.
 struct Warp {
-    uint32_t values[2][kWarp];
+    alignas(16) uint8_t buffers[2][kWarp * kSlot];
     unsigned arrived = 0, generation = 0;
+    const void* operation = nullptr;  // what the lanes that are there have come for
+
+    // Of the next meeting, a T for each lane.
+    template <class T> auto slots() -> T (&)[kWarp] {
+        static_assert(sizeof(T) <= kSlot && std::is_trivially_copyable_v<T>);
+        return *reinterpret_cast<T(*)[kWarp]>(buffers[generation & 1]);
+    }
 };
 
 struct SharedArray {
@@ -78,7 +95,10 @@ struct Block {
 };
 
 inline Block* the_block = nullptr;
-inline int order = 0;  // of the turns: 0 forward, 1 reversed, anything else the seed of a shuffle for each round
+inline int shared_limit = kSharedMemory;  // of the device that is played
+// Of the turns: 0 forward, 1 reversed, both a warp after another, each as far as it can come; anything else is the seed of a
+// shuffle for each round, in which each fiber has one turn.
+inline int order = 0;
 inline unsigned first_block = 0;  // along x; those before it do not run, where a tensor's end is all that fits into memory
 
 inline void poison(const uint8_t* address, size_t bytes, bool on) {
@@ -127,15 +147,22 @@ inline void turn(Fiber& fiber) {
     finish_switch(fake, nullptr, nullptr);
 }
 
-// What a lane gives, seen by all 32: `pick` reads the others' values once they are all there.
-template <class Pick>
-uint32_t exchange(uint32_t value, Pick pick) {
+// An error that a fiber finds: the scheduler throws it, for an exception cannot leave a fiber's stack.
+inline void fail(const char* message) {
+    the_block->error = message;
+    yield();
+}
+
+// Waits until all 32 lanes have come for the same operation; the last does `work` before any goes on.
+template <class Work> void meet(Warp& warp, const void* operation, Work work) {
     Fiber& me = *the_block->current;
-    Warp& warp = the_block->warps[me.linear / kWarp];
     me.generation = warp.generation;
-    uint32_t(&values)[kWarp] = warp.values[me.generation & 1];
-    values[me.linear % kWarp] = value;
+    if (warp.arrived > 0 && warp.operation != operation) {
+        fail("lanes of a warp have come for different operations");
+    }
+    warp.operation = operation;
     if (++warp.arrived == kWarp) {
+        work();
         warp.arrived = 0;
         ++warp.generation;
     }
@@ -144,13 +171,17 @@ uint32_t exchange(uint32_t value, Pick pick) {
         yield();
     }
     me.waits = Waits::kNothing;
-    return pick(values);
 }
 
-// An error that a fiber finds: the scheduler throws it, for an exception cannot leave a fiber's stack.
-inline void fail(const char* message) {
-    the_block->error = message;
-    yield();
+// What a lane gives, seen by all 32: `pick` reads the others' values once they are all there.
+template <class Pick>
+uint32_t exchange(uint32_t value, Pick pick) {
+    static const char operation = 0;
+    Warp& warp = the_block->warps[the_block->current->linear / kWarp];
+    uint32_t(&values)[kWarp] = warp.slots<uint32_t>();
+    values[the_block->current->linear % kWarp] = value;
+    meet(warp, &operation, [] {});
+    return pick(values);
 }
 
 inline void barrier() {
@@ -232,6 +263,8 @@ inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& rand
     for (Fiber& f : b.fibers) {
         f.waits = Waits::kNothing;
         f.done = false;
+        f.copies.clear();
+        f.copy_groups = 0;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = kStack;
@@ -242,13 +275,19 @@ inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& rand
         if (order > 1) {
             std::shuffle(turns.begin(), turns.end(), random);
         }
-        for (unsigned i : turns) {
-            Fiber& f = b.fibers[i];
-            if (!f.done && !asleep(b, f)) {
-                turn(f);
-            }
-            if (!b.error.empty()) {
-                throw std::runtime_error(b.error);
+        for (size_t from = 0; from < turns.size(); from += kWarp) {
+            for (bool moved = true; moved;) {
+                moved = false;
+                for (size_t i = from; i < std::min(from + kWarp, turns.size()); ++i) {
+                    Fiber& f = b.fibers[turns[i]];
+                    if (!f.done && !asleep(b, f)) {
+                        turn(f);
+                        moved = order < 2;
+                    }
+                    if (!b.error.empty()) {
+                        throw std::runtime_error(b.error);
+                    }
+                }
             }
         }
     } while (!finished(b));
