@@ -141,7 +141,7 @@ def test_any_strides() -> None:
         assert torch.equal(dz.double(), exact)
         torch.testing.assert_close(db.double(), exact_sum, rtol=1e-5, atol=1e-5)
         assert torch.equal(kernel.bias_relu(view, None, True), view.relu())
-    with pytest.raises(ValueError, match=r"x with shape \(2, 6, 4, 4\).*is not dense; pass inplace=False"):
+    with pytest.raises(ValueError, match=r"x with shape \(2, 6, 4, 6\).*is not dense; pass inplace=False"):
         kernel.bias_relu(y[:, 3:9, 1:5], None, True, inplace=True)
 
 
