@@ -284,3 +284,39 @@ def lrn_pool_backward(
         g = g.masked_fill(a <= 0, 0)
     dbias = g.sum((0, 2, 3)).to(x.dtype) if with_bias_grad else x.new_empty(0)
     return g.to(x.dtype), dbias
+
+
+def sgd(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    masters: list[Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    scaling: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``d = g + weight_decay·w``, ``b ← momentum·b + d``, ``w ← w - lr·b`` (Nesterov: ``w - lr·(d + momentum·b)``), in place.
+
+    ``w`` are the ``masters``, in whose dtype all of it is; ``weights`` become them, rounded. ``scaling`` is a factor that the
+    gradients carry, and a number other than 0 where one of them is not finite: then nothing changes.
+    """
+    if scaling is not None and scaling[1].item():
+        return
+    g = [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)]
+    if scaling is not None:
+        g = [grad / scaling[0].to(grad) for grad in g]
+    if maximize:
+        g = list(torch._foreach_neg(g))
+    if weight_decay:
+        g = list(torch._foreach_add(g, masters, alpha=weight_decay))
+    if momentum:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, g)
+        g = list(torch._foreach_add(g, buffers, alpha=momentum)) if nesterov else buffers
+    torch._foreach_add_(masters, g, alpha=-float(lr))
+    for weight, master in zip(weights, masters, strict=True):
+        if weight is not master:
+            weight.copy_(master)
