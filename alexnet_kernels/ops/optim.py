@@ -54,6 +54,11 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
+def _columns(members: list[Row]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    weights, grads, buffers, masters = (list(column) for column in zip(*members, strict=True))
+    return weights, grads, buffers, masters
+
+
 def _triton_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> str | None:
     if not key[-1]:
         return "a parameter is neither contiguous nor channels_last"
@@ -70,13 +75,14 @@ def _triton(members: list[Row], settings: Settings, tables: dict[Any, Any], key:
     table, lr = tables.setdefault(key, kernel.Table()), settings.lr
     if isinstance(lr, Tensor) and lr.device != members[0].weight.device:
         settings = settings._replace(lr=float(lr))
-    kernel.sgd(*zip(*members, strict=True), *settings, table)
+    arguments: tuple[Any, ...] = settings
+    kernel.sgd(*_columns(members), *arguments, table=table)
     changed = [row.weight for row in members] + [row.master for row in members] + [row.buffer for row in members]
     torch.autograd.graph.increment_version(changed)
 
 
-def _reference(members: list[Row], settings: Settings, *_: Any) -> None:
-    reference.sgd(*(list(column) for column in zip(*members, strict=True)), *settings)
+def _reference(members: list[Row], settings: tuple[Any, ...], *_: Any) -> None:
+    reference.sgd(*_columns(members), *settings)
 
 
 # "triton" moves 20 bytes an element of a half parameter, torch's steps one after another 32 and more. Counted, not timed:
