@@ -171,9 +171,9 @@ def plan(
 
 
 def sgd(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], masters: Sequence[Tensor],
+    table: Table, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], masters: Sequence[Tensor],
     lr: float | Tensor, momentum: float, decay: float, nesterov: bool, maximize: bool,
-    scaling: tuple[Tensor, Tensor] | None, table: Table,
+    scaling: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """One step in place. ``masters`` are ``weights`` where those are fp32, ``buffers`` anything like them without momentum."""
     block = tuned("optim", weights[0].device).get("sgd", CONFIGS["sgd"]).block

@@ -76,7 +76,7 @@ def _triton(members: list[Row], settings: Settings, tables: dict[Any, Any], key:
     if isinstance(lr, Tensor) and lr.device != members[0].weight.device:
         settings = settings._replace(lr=float(lr))
     arguments: tuple[Any, ...] = settings
-    kernel.sgd(*_columns(members), *arguments, table=table)
+    kernel.sgd(table, *_columns(members), *arguments)
     changed = [row.weight for row in members] + [row.master for row in members] + [row.buffer for row in members]
     torch.autograd.graph.increment_version(changed)
 

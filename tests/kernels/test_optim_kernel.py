@@ -27,7 +27,7 @@ def test_writes_just_its_own_elements(size: int, dtype: torch.dtype) -> None:
     around = [torch.full((size + 32,), 3.0, dtype=kind, device=DEVICE) for kind in kinds]
     w, g, b, m = (t[16 : 16 + size] for t in around)
     g.copy_(torch.arange(size) % 32)
-    kernel.sgd([w], [g], [b], [m if dtype != torch.float32 else w], 0.25, 0.5, 0.0, False, False, None, kernel.Table())
+    kernel.sgd(kernel.Table(), [w], [g], [b], [m if dtype != torch.float32 else w], 0.25, 0.5, 0.0, False, False, None)
     buffer = 1.5 + torch.arange(size, device=DEVICE) % 32
     assert torch.equal(b, buffer) and torch.equal(w.float(), 3 - 0.25 * buffer)
     assert all(bool((t[:16] == 3).all() and (t[16 + size :] == 3).all()) for t in around)
@@ -38,7 +38,7 @@ def test_many_tensors_in_one_launch() -> None:
     weights = [torch.zeros(size, device=DEVICE) for size in sizes]
     grads = [torch.full((size,), float(i + 1), device=DEVICE) for i, size in enumerate(sizes)]
     table = kernel.Table()
-    kernel.sgd(weights, grads, weights, weights, 1.0, 0.0, 0.0, False, True, None, table)
+    kernel.sgd(table, weights, grads, weights, weights, 1.0, 0.0, 0.0, False, True, None)
     assert all(torch.equal(w, g) for w, g in zip(weights, grads, strict=True))
     assert table.chunks is not None and table.chunks.tolist() == [[0, 0], [1, 0], [3, 0], [3, 1], [3, 2], [4, 0]]
 
