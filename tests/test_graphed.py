@@ -139,6 +139,23 @@ def test_refused_once_it_trains() -> None:
         fast(X)
 
 
+def test_weights_that_move_are_found() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+    weights = module._Weights(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model.load_state_dict(model.state_dict())
+    assert not weights.have_moved()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert weights.have_moved()
+    weights = module._Weights(model)
+    model[1].running_mean.data = torch.zeros(2)
+    assert weights.have_moved()
+    weights = module._Weights(model)
+    model[0].bias = None
+    assert weights.have_moved()
+
+
 # -------------------------------------------------------------------------------------------------------- training step
 
 

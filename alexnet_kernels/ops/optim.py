@@ -39,7 +39,7 @@ def sgd(rows: list[Row], settings: Settings, tables: dict[Any, Any]) -> None:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         weight, grad = row.weight, row.grad
-        if grad.stride() != weight.stride():
+        if not _same_order(grad, weight):
             row = row._replace(grad=torch.empty_like(weight, dtype=grad.dtype).copy_(grad))
         groups.setdefault((weight.device, weight.dtype, grad.dtype, _is_dense(weight)), []).append(row)
     for key, members in groups.items():
@@ -47,6 +47,13 @@ def sgd(rows: list[Row], settings: Settings, tables: dict[Any, Any]) -> None:
 
 
 sgd._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would load torch._dynamo at import
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one shape have their elements in the same order; a dimension of 1 may have any stride."""
+    return a.stride() == b.stride() or all(
+        x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -62,7 +69,7 @@ def _columns(members: list[Row]) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def _triton_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> str | None:
     if not key[-1]:
         return "a parameter is neither contiguous nor channels_last"
-    if any(not _is_dense(t) or t.stride() != row.weight.stride() for row in members for t in row[2:]):
+    if any(not _is_dense(t) or not _same_order(t, row.weight) for row in members for t in row[2:]):
         return "the momentum or the fp32 copy of a parameter has other strides than it"
     if isinstance(settings.lr, Tensor) and settings.lr.device not in (torch.device("cpu"), members[0].weight.device):
         return f"lr is a tensor on {settings.lr.device}, the parameters are on {members[0].weight.device}"
