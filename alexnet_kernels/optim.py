@@ -96,9 +96,8 @@ class SGD(torch.optim.SGD):
         for index, group in enumerate(self.param_groups):
             rows = [self._row(p, group) for p in group["params"] if p.grad is not None]
             scaling = None
-            if rows and found_inf is not None:
-                one = torch.ones_like(found_inf) if grad_scale is None else grad_scale
-                scaling = (one.float().to(rows[0].weight.device), found_inf.to(rows[0].weight.device))
+            if found_inf is not None:
+                scaling = (torch.ones_like(found_inf) if grad_scale is None else grad_scale, found_inf)
             names = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
             settings = _optim.Settings(**{name: group[name] for name in names}, scaling=scaling)
             _optim.sgd(rows, settings, self._tables.setdefault(index, {}))

@@ -153,14 +153,16 @@ class GraphedStep:
         self._inputs, self._targets = inputs.detach().clone(), targets.detach().clone()
         self._autocast = _Autocast(inputs.device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._output: Tensor | None = None
+        self._output = torch.zeros(())
         self._modules, self._weights = list(model.modules()), _Weights(model)
+        self._halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
         self._left, self._held = _WARM_UP, self._numbers()
 
     def _numbers(self) -> list[Any]:
-        """What a capture freezes beside addresses: the optimiser's numbers, and the mode of every module."""
+        """What a capture freezes beside addresses: the optimiser's numbers and the mode of every module. And the versions of half
+        parameters: an optimiser that holds them in fp32 has to see what somebody else wrote into them."""
         groups = [[v for v in group.values() if isinstance(v, int | float)] for group in self.optimizer.param_groups]
-        return [groups, [module.training for module in self._modules]]
+        return [groups, [module.training for module in self._modules], [p._version for p in self._halves]]
 
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)  # so that a graph writes its gradients anew instead of adding
@@ -182,21 +184,26 @@ class GraphedStep:
         self._targets.copy_(targets)
         if not self._inputs.is_cuda:
             return self._step()
-        numbers = self._numbers()
-        if (
-            numbers != self._held
-        ):  # a scheduler's new lr, say: a step as it is, which makes what the next capture must find
-            self._graph, self._held, self._left = None, numbers, max(1, self._left)
+        if self._numbers() != self._held or self._weights.have_moved():  # a scheduler's new lr, say
+            # one step as it is, which makes what the next capture must find
+            self._graph, self._left, self._weights = None, max(1, self._left), _Weights(self.model)
         if self._graph is None and self._left:
             self._left -= 1
-            return _beside(self._inputs.device, self._step)
+            value = _beside(self._inputs.device, self._step)
+            self._held = self._numbers()
+            return value
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.device(self._inputs.device), torch.cuda.graph(self._graph):
-                self._output = self._step()
+            self._graph, self._output = self._captured()
+            self._held = self._numbers()
         self._graph.replay()
-        return self._output.clone()  # type: ignore[union-attr]
+        return self._output.clone()
+
+    def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.device(self._inputs.device), torch.cuda.graph(graph):
+            output = self._step()
+        return graph, output
 
     def __repr__(self) -> str:
         parts = f"{type(self.model).__name__}, {type(self.optimizer).__name__}, {_described(self._inputs)}"

@@ -43,7 +43,11 @@ def sgd(rows: list[Row], settings: Settings, tables: dict[Any, Any]) -> None:
             row = row._replace(grad=torch.empty_like(weight, dtype=grad.dtype).copy_(grad))
         groups.setdefault((weight.device, weight.dtype, grad.dtype, _is_dense(weight)), []).append(row)
     for key, members in groups.items():
-        dispatch.run("sgd", members, settings, tables, key)
+        here = settings
+        if settings.scaling is not None:
+            grad_scale, found_inf = (t.to(key[0], torch.float32, non_blocking=True) for t in settings.scaling)
+            here = settings._replace(scaling=(grad_scale, found_inf))
+        dispatch.run("sgd", members, here, tables, key)
 
 
 sgd._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would load torch._dynamo at import
