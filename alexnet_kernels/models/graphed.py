@@ -149,7 +149,7 @@ class GraphedStep:
             raise ValueError(
                 f"optimizer={type(optimizer).__name__} counts its steps outside the device; make it with capturable=True"
             )
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.model, self.loss, self.optimizer, self._capturable = model, loss, optimizer, inputs.is_cuda
         self._inputs, self._targets = inputs.detach().clone(), targets.detach().clone()
         self._autocast = _Autocast(inputs.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -182,7 +182,7 @@ class GraphedStep:
         _require_like("targets", targets, self._targets)
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)
-        if not self._inputs.is_cuda:
+        if not self._capturable:
             return self._step()
         if self._numbers() != self._held or self._weights.have_moved():  # a scheduler's new lr, say
             # one step as it is, which makes what the next capture must find
@@ -207,7 +207,7 @@ class GraphedStep:
 
     def __repr__(self) -> str:
         parts = f"{type(self.model).__name__}, {type(self.optimizer).__name__}, {_described(self._inputs)}"
-        if not self._inputs.is_cuda:
+        if not self._capturable:
             return f"GraphedStep({parts}, no graph on {self._inputs.device.type})"
         how = "one CUDA graph" if self._graph is not None else f"a CUDA graph after {self._left} more calls"
         return f"GraphedStep({parts}, {how})"
