@@ -43,6 +43,24 @@ def test_many_tensors_in_one_launch() -> None:
     assert table.chunks is not None and table.chunks.tolist() == [[0, 0], [1, 0], [3, 0], [3, 1], [3, 2], [4, 0]]
 
 
+def test_a_capture_takes_what_was_kept_ready_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads the table of its capture at every replay; page-locked memory cannot be had then."""
+    table, tensors = kernel.Table(), [torch.zeros(9, device=DEVICE) for _ in range(4)]
+    table.of([[t] for t in tensors], 4096)
+    monkeypatch.setattr(kernel, "_is_capturing", lambda _: True)
+    ready, here = table.spare, table.here
+    assert ready is not None and ready is not here
+    first = table.of([[t] for t in tensors], 4096)  # nothing has moved
+    assert table.captured == [(here, *first)]
+    monkeypatch.setattr(kernel, "_page_locked", lambda *_: pytest.fail("asked for page-locked memory during a capture"))
+    second = table.of([[torch.zeros(9, device=DEVICE)], *[[t] for t in tensors[1:]]], 4096)
+    assert table.captured == [(here, *first), (ready, *second)] and table.spare is None
+    assert here is not None and here[0, 0] == tensors[0].data_ptr() != second[0][0, 0] and second[1] is first[1]
+    monkeypatch.undo()
+    table.of([[t] for t in tensors], 4096)
+    assert table.here is not ready and table.spare is not None and len(table.captured) == 2
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="records what the interpreter reads and writes")
 def test_chunks_beyond_int32() -> None:
     """The first element of a chunk is 64 bits wide: the last chunk of a tensor of 2^33 elements."""
