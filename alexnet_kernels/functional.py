@@ -19,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from . import reference
 from .ops import composite as _composite
 from .ops import fused as _fused
+from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops._library import Explanation
@@ -162,7 +163,33 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     _require_tensor("input", input)
     _require_tensor("weight", weight)
-    return _composite.linear_relu(input, weight, bias)
+    return _linear.apply(input, weight, bias)
+
+
+def _require_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} must lie between 0 and 1: the share of the elements that dropout sets to 0")
+
+
+def linear_relu_dropout(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """``dropout(relu(linear(input, weight, bias)), p, training)``: arguments, shapes and errors of torch's three functions.
+
+    Where no kernel runs, as on a CPU, the random numbers are torch's own. A kernel's come from a seed that torch's generator
+    draws: reproducible by ``torch.manual_seed``, and new at each replay of a CUDA graph. Dropped elements are 0 there even
+    where ReLU left NaN or infinity (torch multiplies, and has NaN).
+
+    Raises:
+        ValueError: ``p`` is below 0 or above 1.
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(linear_relu_dropout, tensors, *tensors, p, training)
+    _require_tensor("input", input)
+    _require_tensor("weight", weight)
+    _require_probability(p)
+    return _linear.apply(input, weight, bias, p if training else 0.0)
 
 
 def max_pool2d(
@@ -375,7 +402,15 @@ def _explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanati
     _require_tensor("input", x)
     _require_tensor("weight", weight)
     reference.linear_relu(*_meta(x, weight, bias))
-    return _composite.explain("linear_relu")
+    return _linear.explain("linear_relu", x, weight, bias)
+
+
+def _explain_linear_dropout(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, training: bool) -> Explanation:
+    _require_tensor("input", x)
+    _require_tensor("weight", weight)
+    _require_probability(p)
+    reference.linear_relu(*_meta(x, weight, bias))
+    return _linear.explain("linear_relu_dropout", x, weight, bias, p if training else 0.0)
 
 
 def _explain_pool(x: Tensor, *args: Any) -> Explanation:
@@ -447,6 +482,7 @@ _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] 
     "spatial_response_norm": (spatial_response_norm, _explain_spatial),
     "conv2d_relu": (conv2d_relu, _explain_conv),
     "linear_relu": (linear_relu, _explain_linear),
+    "linear_relu_dropout": (linear_relu_dropout, _explain_linear_dropout),
     "max_pool2d": (max_pool2d, _explain_pool),
     "lrn_max_pool2d": (lrn_max_pool2d, _explain_lrn_pool),
     "max_pool2d_lrn": (max_pool2d_lrn, _explain_pool_lrn),
