@@ -10,8 +10,8 @@ group_major   a tile's rows are images at one output pixel, and the channels of 
               passes to :func:`forward_group_major`. For channel counts that do not fill a step (48)
 batch_tile    the same rows, taps one by one: any channels_last x, 16·m channels a group, from about 64 images on
 pixel_pair    images at two neighbouring output pixels, which share inputs and weights: more arithmetic a byte, fewer tiles. Only
-              where it is asked for, by name or by the tuned table
-pointer_rows  a tile's rows are output pixels, over images: everything else, by strides and with masks
+              where it is asked for, by name or by the tuned table, and only on sm_90
+pointer_rows  a tile's rows are output pixels, over images: everything else, by strides and with masks; everything before sm_90
 
 An NCHW x with 8·m channels a group is copied to channels_last and y back, which costs less than reading two bytes at a time;
 one with other channel counts is read as it is. fp32 is multiplied as ``precision`` says, always explicitly.
@@ -19,6 +19,7 @@ one with other channel counts is read as it is. fp32 is multiplied as ``precisio
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -62,11 +63,21 @@ def _dense(x: Tensor) -> bool:
 
 
 def _described(x: Tensor, problem: Problem) -> bool:
-    """Whether descriptors can read ``x``, and the weights that go with it: everything begins at multiples of 16 bytes."""
+    """Whether descriptors can read ``x``, and the weights that go with it: everything begins at multiples of 16 bytes.
+
+    Without a TMA unit (before sm_90) Triton 3.6 lowers a descriptor of 16-bit elements to loads of one element each.
+    """
     row = problem.depth * problem.groups * problem.rows.size * problem.columns.size
     pitch = x.stride(0) if x.shape[0] > 1 else row
     aligned = x.data_ptr() % 16 == 0 and pitch * x.element_size() % 16 == 0 and row * x.element_size() % 16 == 0
-    return _dense(x) and aligned and pitch >= row and problem.reduction * x.element_size() % 16 == 0
+    weights = problem.reduction * x.element_size() % 16 == 0
+    return _dense(x) and aligned and weights and pitch >= row and _generation(x.device) >= 9
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """The major compute capability; without a GPU, that of an H100."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def plan(
@@ -77,6 +88,10 @@ def plan(
     group_major; ``y`` is dense. What the tuned table names replaces the built-in tile where it can compute the problem."""
     described = x.dim() == 5 or _described(x, problem)
     tile = choose(problem, precision, form, described)
+    if tile.form == "pixel_pair" and _generation(x.device) != 9:
+        raise ValueError(
+            f"form='pixel_pair' on {x.device}: Triton 3.6 compiles it for sm_90 only; use form='batch_tile'"
+        )
     if form is None:
         better = tuned("conv", x.device, Tile).get(name_of(problem, tile, precision))
         usable = better is not None and (described or better.form == "pointer_rows")
@@ -227,6 +242,8 @@ def _shipped() -> Iterator[tuple[str, Problem, Tile, Launch]]:
     cases += [(name, single, "tf32", 256, None) for name in LAYERS if name.startswith("paper")]
     cases += [("paper conv3", torch.float16, "tf32", images, None) for images in (256, 64)]
     cases += [("paper conv3", single, precision, images, None) for precision in PRECISIONS for images in (256, 1)]
+    cases += [("paper conv2", half, "tf32", 256, "pointer_rows"), ("paper conv2", single, "tf32", 256, "pointer_rows")]
+    cases += [("paper conv3", half, "tf32", 256, "pointer_rows"), ("paper conv4", half, "tf32", 256, "pointer_rows")]
     cases += [("paper conv2", half, "tf32", 256, "group_major"), ("paper conv2", single, "tf32", 256, "group_major")]
     cases += [(name, half, "tf32", 256, "pixel_pair") for name in LAYERS if name.startswith("paper")]
     for name, dtype, precision, images, form in dict.fromkeys(cases):
