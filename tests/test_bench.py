@@ -395,6 +395,10 @@ def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path.write_text('{"kernels": {"lrn": {"ring_forward": {"block": 64, "num_warps": 2}}}}')
     assert read("lrn", card) == {"ring_forward": _launch.Config(64, 2)}
     assert read("other", card) == {}
+    row = '{"form": "batch_tile", "block_m": 64, "block_n": 128, "block_k": 32, "num_stages": 4}'
+    path.write_text('{"kernels": {"conv": {"many 48x5x5-128 16 bits": ' + row + "}}}")
+    tile = _launch.Tile("batch_tile", 64, 128, 32, num_stages=4)
+    assert read("conv", card, _launch.Tile) == {"many 48x5x5-128 16 bits": tile}
     path.write_text('{"kernels": {"lrn": {"ring_forward": {"blocks": 64}}}}')
     with pytest.warns(UserWarning, match="is no tuned table"):
         assert read("lrn", card) == {}

@@ -50,7 +50,7 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
         return f"the Triton kernels take fp32, fp16 and bf16, not {x.dtype}"
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} but weight is {weight.dtype}; the Triton kernels multiply one dtype"
-    if x[:1].numel() > 2**31:
+    if x[:1].numel() >= 2**31:
         return f"an image of {x[:1].numel()} elements; the Triton kernels index an image by 31 bits"
     return None
 
@@ -62,16 +62,16 @@ def _dense(x: Tensor) -> bool:
     return all(size == 1 or s == w for size, s, w in zip(sizes, x.stride()[1:], wanted, strict=True))
 
 
-def _described(x: Tensor, problem: Problem) -> bool:
-    """Whether descriptors can read ``x``, and the weights that go with it: everything begins at multiples of 16 bytes.
+def _described(x: Tensor, packed: Tensor, problem: Problem) -> bool:
+    """Whether descriptors can read both: everything begins at multiples of 16 bytes, an image is dense, its channels innermost.
 
     Without a TMA unit (before sm_90) Triton 3.6 lowers a descriptor of 16-bit elements to loads of one element each.
     """
     row = problem.depth * problem.groups * problem.rows.size * problem.columns.size
     pitch = x.stride(0) if x.shape[0] > 1 else row
-    aligned = x.data_ptr() % 16 == 0 and pitch * x.element_size() % 16 == 0 and row * x.element_size() % 16 == 0
-    weights = problem.reduction * x.element_size() % 16 == 0
-    return _dense(x) and aligned and weights and pitch >= row and _generation(x.device) >= 9
+    begins = (x.data_ptr(), packed.data_ptr(), *(n * x.element_size() for n in (pitch, row, problem.reduction)))
+    aligned = all(begin % 16 == 0 for begin in begins)
+    return _dense(x) and aligned and pitch >= row and _generation(x.device) >= 9
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def plan(
 ) -> Launch:  # fmt: skip
     """The launch that writes ``y``. ``x`` is [N, C, H, W] of any strides, or [groups, N, H, W, C/groups], dense, for the form
     group_major; ``y`` is dense. What the tuned table names replaces the built-in tile where it can compute the problem."""
-    described = x.dim() == 5 or _described(x, problem)
+    described = _described(x, packed, problem) if x.dim() == 4 else packed.data_ptr() % 16 == 0
     tile = choose(problem, precision, form, described)
     if tile.form == "pixel_pair" and _generation(x.device) != 9:
         raise ValueError(
@@ -117,7 +117,7 @@ def launch_of(
     make = {"pointer_rows": _rows, "pixel_pair": _pair}.get(tile.form, _batch)
     kernel, args, more = make(x, packed, y, problem, tile)
     work = tile.block_m * tile.block_n * (2 if tile.form == "pixel_pair" else 1)
-    args = (y, y if bias is None else bias, *args)
+    args = (y, y if bias is None else bias.contiguous(), *args)
     grid = (programs(problem, tile),)
     return Launch(kernel, grid, args, constants | more, tile.num_warps, work, tile.num_stages)
 
@@ -179,6 +179,8 @@ def forward(
     """
     problem = Problem.of(x.shape, weight.shape, stride, padding, dilation, groups, x.element_size())
     shape = (problem.images, weight.shape[0], problem.rows.outputs, problem.columns.outputs)
+    if math.prod(shape[1:]) >= 2**31:
+        raise ValueError(f"a result of {math.prod(shape[1:])} elements an image: it is indexed by 31 bits; use torch's")
     last = torch.channels_last if _dense(x) and not x.is_contiguous() else torch.contiguous_format
     copied = not _dense(x) and problem.depth % 8 == 0
     if copied:
