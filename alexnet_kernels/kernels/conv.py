@@ -240,7 +240,8 @@ LAYERS = {
 
 def _shipped() -> Iterator[tuple[str, Problem, Tile, Launch]]:
     half, single = torch.bfloat16, torch.float32
-    cases = [(name, half, "tf32", images, None) for name in LAYERS for images in (256, 1)]
+    cases: list[tuple[str, torch.dtype, str, int, str | None]] = []
+    cases += [(name, half, "tf32", images, None) for name in LAYERS for images in (256, 1)]
     cases += [(name, single, "tf32", 256, None) for name in LAYERS if name.startswith("paper")]
     cases += [("paper conv3", torch.float16, "tf32", images, None) for images in (256, 64)]
     cases += [("paper conv3", single, precision, images, None) for precision in PRECISIONS for images in (256, 1)]
