@@ -189,6 +189,7 @@ def test_every_form_of_the_convolution_is_a_contender(groups: int, monkeypatch: 
     for form in test_conv.FORMS:
         tile = _launch.Tile(form, 32, 16, 16)
         monkeypatch.setitem(_conv_choice.CONFIGS, form, (tile,))
+    test_conv.kernel.tile_of.cache_clear()
     conv = geometry.Conv(16, 3, padding=1, groups=groups)
     shapes = ((16 * groups, 2, 3), (16, 2, 3))
     facts = (

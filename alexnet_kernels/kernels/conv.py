@@ -87,17 +87,22 @@ def plan(
     """The launch that writes ``y``. ``x`` is [N, C, H, W] of any strides, or [groups, N, H, W, C/groups], dense, for the form
     group_major; ``y`` is dense. What the tuned table names replaces the built-in tile where it can compute the problem."""
     described = _described(x, packed, problem) if x.dim() == 4 else packed.data_ptr() % 16 == 0
+    tile = tile_of(problem, precision, form, described, x.device)
+    return launch_of(x, packed, bias, y, problem, relu, precision, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_of(problem: Problem, precision: str, form: str | None, described: bool, device: torch.device) -> Tile:
+    """:func:`choose`, and the tuned table of the device; kept, for counting what every tile would issue takes 2 ms."""
     tile = choose(problem, precision, form, described)
-    if tile.form == "pixel_pair" and _generation(x.device) != 9:
-        raise ValueError(
-            f"form='pixel_pair' on {x.device}: Triton 3.6 compiles it for sm_90 only; use form='batch_tile'"
-        )
+    if tile.form == "pixel_pair" and _generation(device) != 9:
+        raise ValueError(f"form='pixel_pair' on {device}: Triton 3.6 compiles it for sm_90 only; use form='batch_tile'")
     if form is None:
-        better = tuned("conv", x.device, Tile).get(name_of(problem, tile, precision))
+        better = tuned("conv", device, Tile).get(name_of(problem, tile, precision))
         usable = better is not None and (described or better.form == "pointer_rows")
         if better is not None and usable and why_not(problem, better, precision) is None:
-            tile = better
-    return launch_of(x, packed, bias, y, problem, relu, precision, tile)
+            return better
+    return tile
 
 
 def launch_of(

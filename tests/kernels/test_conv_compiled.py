@@ -42,7 +42,9 @@ def fits(compiled: Compiled) -> None:
     assert compiled.spill_bytes == 0, compiled
     assert compiled.count("STL") == compiled.count("LDL") == 0, compiled
     assert compiled.shared_bytes <= SHARED_LIMIT, compiled
-    assert "max.NaN.f32" in compiled.ptx, compiled  # the ReLU: max alone would drop a NaN, which the interpreter does not
+    assert "max.NaN.f32" in compiled.ptx, (
+        compiled
+    )  # the ReLU: max alone would drop a NaN, which the interpreter does not
 
 
 def keeps_tensor_cores_busy(compiled: Compiled) -> None:

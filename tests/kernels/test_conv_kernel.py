@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,14 @@ def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return dot(wide(a), wide(b), *rest) if a.dtype == tl.bfloat16 else dot(a, b, *rest)
 
     monkeypatch.setattr(interpreter_builder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _chosen_anew() -> Iterator[None]:
+    """Tests put other configurations in the place of the built-in ones."""
+    kernel.tile_of.cache_clear()
+    yield
+    kernel.tile_of.cache_clear()
 
 
 @pytest.fixture
@@ -471,6 +480,7 @@ def test_the_tuned_table_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, impossible = Tile("pixel_pair", 64, 128, 32, 4, 2), Tile("pixel_pair", 128, 128, 96)
     for tile, name in ((pair, "pixel_pair"), (impossible, "batch_tile")):
         monkeypatch.setattr(kernel, "tuned", lambda *_, tile=tile: {"many 256x3x3-384 16 bits": tile})
+        kernel.tile_of.cache_clear()
         launch = kernel.plan(x, packed, None, y, problem, True, "tf32")
         assert launch.name == name
         assert (launch.num_warps, launch.num_stages) == ((4, 2) if tile is pair else (4, 3))
@@ -498,32 +508,45 @@ def test_blocks_that_fit_on_a_multiprocessor() -> None:
 
 # ------------------------------------------------------------------------------------------- more than 2^31 elements
 
-MANY = (8191, 96, 55, 55)
+# The last tile of images, or of pixels, lacks one; the second shape has more than 2^31 output pixels too.
+MANY, PIXELS = (8191, 96, 55, 55), (2**23 - 1, 16, 16, 17)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="records the addresses that the interpreter forms")
 @pytest.mark.parametrize(
-    ("form", "last"), [("batch_tile", True), ("pixel_pair", True), ("pointer_rows", True), ("pointer_rows", False)]
+    ("form", "shape", "last"),
+    [
+        ("batch_tile", MANY, True),
+        ("pixel_pair", MANY, True),
+        ("pointer_rows", MANY, True),
+        ("pointer_rows", MANY, False),
+        ("pointer_rows", PIXELS, True),
+    ],
+    ids=name,
 )
-def test_addresses_beyond_int32(form: str, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_beyond_int32(form: str, shape: tuple[int, ...], last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last program reads and writes the end of tensors of 2^31 elements and more, and nothing that it must not."""
     layout = torch.channels_last if last else torch.contiguous_format
-    x = torch.empty(MANY, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
-    packed = torch.empty(96, 96, dtype=torch.bfloat16, device="meta")
-    problem = Problem.of(MANY, (96, 96, 1, 1), (1, 1), (0, 0), (1, 1), 1, 2)
-    launch = kernel.launch_of(x, packed, None, x, problem, False, "tf32", Tile(form, 16, 16, 16))
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
+    images, channels = shape[:2]
+    pixels = shape[2] * shape[3]
+    packed = torch.empty(channels, channels, dtype=torch.bfloat16, device="meta")
+    problem = Problem.of(shape, (channels, channels, 1, 1), (1, 1), (0, 0), (1, 1), 1, 2)
+    rows = 16 if shape is MANY else 32
+    launch = kernel.launch_of(x, packed, None, x, problem, False, "tf32", Tile(form, rows, 16, 16))
     written, _, *reads = addresses(launch, launch.grid[0] - 1, monkeypatch)
-    image, pixels = 96 * 55 * 55, 55 * 55
 
     def elements(images: range, places: range, channels: range) -> set[int]:
-        far = {"channel": 1, "pixel": 96} if last else {"channel": pixels, "pixel": 1}
-        return {n * image + p * far["pixel"] + c * far["channel"] for n in images for p in places for c in channels}
+        step = (pixels * x.shape[1], *((x.shape[1], 1) if last else (1, pixels)))
+        return {n * step[0] + p * step[1] + c * step[2] for n in images for p in places for c in channels}
 
+    left = images * pixels % rows if form == "pointer_rows" else images % rows
+    assert 0 < left < rows
     if form == "pointer_rows":
-        images, places = range(8190, 8191), range(pixels - 15, pixels)  # 15 of 16 rows
+        ends = range(images - 1, images), range(pixels - left, pixels)
     else:
-        images, places = range(8191 - 15, 8191), range(pixels - 1, pixels)
-    assert written == elements(images, places, range(80, 96))
-    assert reads[0] == elements(images, places, range(96))
-    assert reads[1] == set(range(80 * 96, 96 * 96))
+        ends = range(images - left, images), range(pixels - 1, pixels)
+    assert written == elements(*ends, range(channels - 16, channels))
+    assert reads[0] == elements(*ends, range(channels))
+    assert reads[1] == set(range((channels - 16) * channels, channels * channels))
     assert max(reads[0]) == x.numel() - 1 > 2**31
