@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._conv_choice import choose, name_of, programs, shared_bytes, why_not
+from ._conv_choice import CONFIGS, choose, name_of, programs, shared_bytes, why_not
 from ._conv_geometry import Problem, depths, halves
 from ._conv_rows import pointer_rows
 from ._conv_tiles import batch_tile, pixel_pair
@@ -243,6 +243,22 @@ LAYERS = {
 }
 
 
+def _planned(
+    layer: tuple[int, ...], images: int, dtype: torch.dtype, precision: str, form: str | None, tile: Tile | None = None
+) -> tuple[Problem, Tile, Launch]:
+    """The launch of a layer on meta tensors, in the form's best tile or in the one that is given."""
+    channels, size, outputs, kernel, padding, groups = layer
+    x = torch.empty((images, channels, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+    weight = torch.empty((outputs, channels // groups, kernel, kernel), dtype=dtype, device="meta")
+    problem = Problem.of(x.shape, weight.shape, (1, 1), (padding, padding), (1, 1), groups, dtype.itemsize)
+    y = torch.empty((images, outputs, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+    bias = torch.empty(outputs, dtype=dtype, device="meta")
+    if form == "group_major":
+        x = torch.empty((groups, images, size, size, channels // groups), dtype=dtype, device="meta")
+    tile = choose(problem, precision, form) if tile is None else tile
+    return problem, tile, launch_of(x, pack(weight), bias, y, problem, True, precision, tile)
+
+
 def _shipped() -> Iterator[tuple[str, Problem, Tile, Launch]]:
     half, single = torch.bfloat16, torch.float32
     cases: list[tuple[str, torch.dtype, str, int, str | None]] = []
@@ -250,23 +266,21 @@ def _shipped() -> Iterator[tuple[str, Problem, Tile, Launch]]:
     cases += [(name, single, "tf32", 256, None) for name in LAYERS if name.startswith("paper")]
     cases += [("paper conv3", torch.float16, "tf32", images, None) for images in (256, 64)]
     cases += [("paper conv3", single, precision, images, None) for precision in PRECISIONS for images in (256, 1)]
-    cases += [("paper conv2", half, "tf32", 256, "pointer_rows"), ("paper conv2", single, "tf32", 256, "pointer_rows")]
-    cases += [("paper conv3", half, "tf32", 256, "pointer_rows"), ("paper conv4", half, "tf32", 256, "pointer_rows")]
-    cases += [("paper conv2", half, "tf32", 256, "group_major"), ("paper conv2", single, "tf32", 256, "group_major")]
-    cases += [(name, half, "tf32", 256, "pixel_pair") for name in LAYERS if name.startswith("paper")]
+    cases += [
+        ("paper conv2", dtype, "tf32", 256, form) for dtype in (half, single) for form in CONFIGS if " " not in form
+    ]
+    cases += [(f"paper conv{i}", half, "tf32", 256, form) for i in (3, 4, 5) for form in ("pointer_rows", "pixel_pair")]
     for name, dtype, precision, images, form in dict.fromkeys(cases):
-        channels, size, outputs, kernel, padding, groups = LAYERS[name]
-        x = torch.empty((images, channels, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
-        weight = torch.empty((outputs, channels // groups, kernel, kernel), dtype=dtype, device="meta")
-        problem = Problem.of(x.shape, weight.shape, (1, 1), (padding, padding), (1, 1), groups, dtype.itemsize)
-        y = torch.empty((images, outputs, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
-        bias = torch.empty(outputs, dtype=dtype, device="meta")
-        if form == "group_major":
-            x = torch.empty((groups, images, size, size, channels // groups), dtype=dtype, device="meta")
-        tile = choose(problem, precision, form)
-        launch = launch_of(x, pack(weight), bias, y, problem, True, precision, tile)
+        problem, tile, launch = _planned(LAYERS[name], images, dtype, precision, form)
         kind = precision if dtype == single else str(dtype)[6:]
         yield f"{tile.form} {name} {kind} batch {images}", problem, tile, launch
+    for name, tiles in CONFIGS.items():  # and every tile there is, on a layer with as many output channels
+        for tile in tiles:
+            channels, groups = (3, 1) if " " in name else (96, 2)  # conv2's 48 a group, or single elements
+            layer = (channels, 27, groups * tile.block_n, 5, 2, groups)
+            problem, tile, launch = _planned(layer, 256, half, "tf32", tile.form, tile)
+            if why_not(problem, tile, "tf32") is None:
+                yield f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k} bfloat16", problem, tile, launch
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -276,7 +290,9 @@ def shipped() -> Iterator[tuple[str, Launch]]:
 
 
 def tiles() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same launches as numbers: their tile, shared memory, programs, multiplications issued for one of the usual count."""
+    """The same launches as numbers: their tile, shared memory, programs, loops, and multiplications issued for one of the usual
+    count."""
     for label, problem, tile, launch in _shipped():
-        figures = {"shared bytes": shared_bytes(problem, tile), "programs": launch.grid[0]}
+        loops = 2 if launch.constants["BLOCK"][4:] > (0,) else 1
+        figures = {"shared bytes": shared_bytes(problem, tile), "programs": launch.grid[0], "loops": loops}
         yield label, asdict(tile) | figures | {"issued / nominal": problem.issued(tile) / problem.nominal}

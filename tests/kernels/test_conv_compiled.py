@@ -42,32 +42,32 @@ def fits(compiled: Compiled) -> None:
     assert compiled.spill_bytes == 0, compiled
     assert compiled.count("STL") == compiled.count("LDL") == 0, compiled
     assert compiled.shared_bytes <= SHARED_LIMIT, compiled
-    assert "max.NaN.f32" in compiled.ptx, (
-        compiled
-    )  # the ReLU: max alone would drop a NaN, which the interpreter does not
+    # The ReLU: max alone would drop a NaN, which the interpreter does not do.
+    assert "max.NaN.f32" in compiled.ptx, compiled
 
 
 def keeps_tensor_cores_busy(compiled: Compiled) -> None:
     """sm_90: warpgroup products straight from shared memory, none waited for before the next is begun, in one main loop."""
     tile = planned()[compiled.label]
-    slow = " ieee " in compiled.label or " tf32x3 " in compiled.label  # which may hold one step less
-    assert tile["shared bytes"] * (0.5 if slow else 1) <= compiled.shared_bytes <= tile["shared bytes"] + 512, compiled
+    assert compiled.shared_bytes <= tile["shared bytes"] + 512, compiled
     if " ieee " in compiled.label:
         assert compiled.count("HGMMA") == 0 < compiled.count("FFMA"), compiled
         return
     assert compiled.count("HGMMA") and not compiled.serialized, compiled
+    if " small " in compiled.label:  # 3 channels: single elements, which no asynchronous copy moves
+        return
     copies = "LDGSTS" if tile["form"] == "pointer_rows" else "UTMALDG"
     assert compiled.count(copies), compiled
     if " tf32x3 " in compiled.label:  # which splits its operands, in registers
         assert compiled.registers_feed == 3, compiled
         return
-    assert compiled.registers_feed == 0, compiled
+    assert compiled.registers_feed == 0 and compiled.shared_bytes >= tile["shared bytes"], compiled
     if tile["form"] == "pixel_pair":  # 2 KW products a step on two accumulators, waited for once
         assert compiled.outstanding == [0] and compiled.count("HGMMA") >= 10, compiled
         return
     parts = 1 + (tile["block_n"] & (tile["block_n"] - 1) > 0)  # accumulators
-    rest = tile["form"] != "pointer_rows" and "conv2" in compiled.label and "torchvision" not in compiled.label
-    assert compiled.outstanding == [parts] * (1 + rest), compiled  # 48 channels: a second loop over what a step leaves
+    # 48 channels take a second loop, over what a step leaves.
+    assert compiled.outstanding == [parts] * tile["loops"], compiled
 
 
 def test_one_of_each_kind_on_sm_90() -> None:
@@ -98,7 +98,7 @@ def test_pointer_rows_on_sm_80() -> None:
     assert len(compiled) > 15
     for one in compiled.values():
         fits(one)
-        assert one.shared_bytes <= 166_912 and one.count("LDGSTS"), one
+        assert one.shared_bytes <= 166_912 and (one.count("LDGSTS") or " small " in one.label), one
         assert one.count("HMMA") or " ieee " in one.label, one
 
 

@@ -313,7 +313,8 @@ def test_an_image_does_not_depend_on_its_batch(form: str) -> None:
 @pytest.mark.parametrize("form", ["batch_tile", "group_major", "pixel_pair", "pointer_rows"])
 def test_what_is_not_finite_stays_where_it_is_seen(form: str) -> None:
     """A NaN passes the ReLU; beside its windows, in other images and where all is padding, nothing notices it."""
-    x, w = laid_out(torch.randn(17, 48, 1, 4), True), torch.randn(16, 48, 3, 3, device=DEVICE)
+    x = laid_out(torch.randn(17, 48, 1, 4).half(), True)  # in steps of 32 channels, the last of which is not whole
+    w = torch.randn(16, 48, 3, 3, device=DEVICE).half()
     x[3, 47, 0, 0], x[16, 0, 0, 3], x[0, 5, 0, 0] = float("nan"), float("inf"), -float("inf")
     geometry: Geometry = ((1, 1), (3, 1), (1, 1), 1)  # the first and last row of y see padding only
     y = kernel.forward(x, w, None, True, *geometry, "tf32", form)
@@ -369,42 +370,19 @@ def layer(label: str, images: int, itemsize: int = 2) -> Problem:
     return Problem.of(shape, weight, (1, 1), (padding, padding), (1, 1), groups, itemsize)
 
 
+ODD = (1, 2, 3, 5, 31, 50, 63, 65, 96, 100, 127, 129, 160, 200, 300, 1000)
+BATCHES = (*ODD, 64, 128, 192, 256, 512, 1024)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("label", kernel.LAYERS)
 def test_few_multiplications_are_wasted(label: str, itemsize: int) -> None:
     """At most the usual count at batch 128 and 256, at most 1.18 times it at any other."""
-    for images in (
-        1,
-        2,
-        3,
-        5,
-        8,
-        16,
-        31,
-        32,
-        50,
-        63,
-        64,
-        65,
-        96,
-        100,
-        127,
-        128,
-        129,
-        160,
-        192,
-        200,
-        256,
-        300,
-        512,
-        1000,
-        1024,
-    ):
+    for images in BATCHES:
         problem = layer(label, images, itemsize)
         tile = choice.choose(problem)
         assert problem.issued(tile) <= (1.0 if images in (128, 256) else 1.18) * problem.nominal, (images, tile)
-        many = images % 64 == 0 and images != 64 * 5
-        assert tile.form in (("batch_tile", "group_major") if many else (*choice.CONFIGS,))
+        assert images in ODD or tile.form in ("batch_tile", "group_major")
 
 
 def test_the_count_of_multiplications_is_that_of_the_steps() -> None:
@@ -419,9 +397,8 @@ def test_the_count_of_multiplications_is_that_of_the_steps() -> None:
     assert problem.issued(tile) == 128 * 2 * 64 * sum(r * s * 48 for r, s in seen)  # 40 outputs in 64, 48 = 32 + 16
     merged = sum(max(r * (s * 48 // 64), 1) * 64 + max(r * (s * 48 % 64 // 16), 1) * 16 for r, s in seen)
     assert problem.issued(replace(tile, form="group_major")) == 128 * 2 * 64 * merged
-    assert (
-        problem.issued(Tile("pointer_rows", 64, 32, 64)) == 1984 * 2 * 64 * 768
-    )  # 70 · 28 pixels, 3 · 5 · 48 products
+    rows = Tile("pointer_rows", 64, 32, 64)
+    assert problem.issued(rows) == 1984 * 2 * 64 * 768  # 70 · 28 pixels in 31 tiles, 3 · 5 · 48 products in 12 steps
     assert problem.issued(Tile("pixel_pair", 64, 64, 16)) == 128 * 2 * 64 * 2 * 4 * 5 * 48 * sum(
         sum(0 <= i * 2 - 1 + r < 7 for r in range(3)) for i in range(4)
     )
@@ -434,9 +411,8 @@ def test_which_form_takes_what() -> None:
 
     assert form(layer("paper conv3", 256)) == form(layer("paper conv2", 64)) == "batch_tile"
     assert form(layer("tower conv2", 256)) == "group_major"  # 48 channels in one group
-    assert (
-        form(layer("paper conv3", 96)) == form(layer("paper conv3", 1)) == "pointer_rows"
-    )  # three quarters of two tiles
+    assert form(layer("paper conv3", 1)) == "pointer_rows"
+    assert form(layer("paper conv3", 96)) == "pointer_rows"  # three quarters of two tiles
     assert form(layer("paper conv3", 256), described=False) == "pointer_rows"
     assert form(layer("paper conv3", 256, 4)) == "batch_tile"
     assert form(layer("paper conv3", 256, 4), precision="tf32x3") == "pointer_rows"
@@ -491,11 +467,11 @@ def test_the_tuned_table_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_ships_can_be_described() -> None:
     rows = dict(kernel.tiles())
-    assert len(rows) > 40
+    assert len(rows) > 60
     conv3 = rows["batch_tile paper conv3 bfloat16 batch 256"]
     assert conv3 == {
         "form": "batch_tile", "block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 4, "num_stages": 3,
-        "shared bytes": 98304, "programs": 1014, "issued / nominal": pytest.approx((37 / 39) ** 2),
+        "shared bytes": 98304, "programs": 1014, "loops": 1, "issued / nominal": pytest.approx((37 / 39) ** 2),
     }  # fmt: skip
     assert all(row["shared bytes"] < choice.SHARED_BYTES for row in rows.values())
 
