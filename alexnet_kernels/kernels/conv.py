@@ -131,7 +131,8 @@ _Parts = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments after 
 
 
 def _rows(x: Tensor, packed: Tensor, y: Tensor, problem: Problem, tile: Tile) -> _Parts:
-    step, places = x.stride(), y.stride()
+    step = [0 if size == 1 else s for size, s in zip(x.shape, x.stride(), strict=True)]  # nobody steps along one
+    places = y.stride()
     vector = math.gcd(16 // problem.itemsize, problem.depth, *(step[i] for i in (0, 2, 3))) if step[1] == 1 else 1
     constants = {
         "BLOCK": (tile.block_m, tile.block_n, tile.block_k, vector),

@@ -476,6 +476,24 @@ def test_what_ships_can_be_described() -> None:
     assert all(row["shared bytes"] < choice.SHARED_BYTES for row in rows.values())
 
 
+def test_whole_vectors_are_read_where_they_are_whole() -> None:
+    """As many channels as 16 bytes hold, unless a stride, of a dimension that has one, parts them."""
+
+    def vector(x: Tensor, groups: int = 1) -> int:
+        weight = torch.empty(32, x.shape[1] // groups, 1, 1, dtype=x.dtype)
+        y = torch.empty(x.shape[0], 32, *x.shape[2:], dtype=x.dtype)
+        problem = Problem.of(x.shape, weight.shape, (1, 1), (0, 0), (1, 1), groups, x.element_size())
+        launch = kernel.plan(x, kernel.pack(weight), None, y, problem, False, "tf32", "pointer_rows")
+        return int(launch.constants["BLOCK"][3])
+
+    x = torch.empty(2, 24, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert (vector(x), vector(x.half()), vector(x.half(), 2), vector(x.half(), 8)) == (4, 8, 4, 1)
+    assert vector(x.contiguous()) == 1
+    assert vector(torch.empty(1, 64, 1, 1).half()) == 8
+    assert vector(torch.empty(2, 3, 5, 28).permute(0, 3, 1, 2)[:, :24]) == 4
+    assert vector(torch.empty(2, 3, 5, 25).permute(0, 3, 1, 2)[:, :24]) == 1
+
+
 def test_blocks_that_fit_on_a_multiprocessor() -> None:
     assert resident(154, 98_328, 4) == 2  # by shared memory
     assert resident(255, 98_328, 8) == 1  # by registers
