@@ -71,40 +71,52 @@ def input_tile(
     """``dx`` of BLOCK_M images at one pixel, in BLOCK_N + REST_N channels of one group; K is (tap, output channel).
 
     A step is BLOCK_K output channels of a tap. Two accumulators share the tile of ``dy`` where the channels are no power of two.
+    Programs start from the row PADDING: those of the outer rows, which fewest taps reach, come last and even out the end.
     """
     WIDTH: tl.constexpr = COLUMNS[0]
     PITCH_X: tl.constexpr = CHANNELS * GROUPS
     OW: tl.constexpr = COLUMNS[1]
     PITCH_Y: tl.constexpr = OUTPUTS * GROUPS
-    pixel, block = tl.program_id(0), tl.program_id(1)
-    blocks = tl.num_programs(1) // GROUPS
-    group, column = block // blocks, block % blocks * (BLOCK_N + REST_N)
-    image = tl.program_id(2) * BLOCK_M
-    tap_h, out_h, count_h = _reach(pixel // WIDTH, ROWS)
-    tap_w, out_w, count_w = _reach(pixel % WIDTH, COLUMNS)
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_N + REST_N - 1) // (BLOCK_N + REST_N)
+    program, tiles = tl.program_id(0), (images + BLOCK_M - 1) // BLOCK_M
+    group, column = program // BLOCKS % GROUPS, program % BLOCKS * (BLOCK_N + REST_N)
+    place = program // (BLOCKS * GROUPS)
+    image = place % tiles * BLOCK_M
+    h, wide = (place // tiles // WIDTH + ROWS[4]) % ROWS[0], place // tiles % WIDTH
+    pixel = h * WIDTH + wide
+    tap_h, out_h, count_h = _reach(h, ROWS)
+    tap_w, out_w, count_w = _reach(wide, COLUMNS)
     skip_h, count_h = _on_map(out_h, count_h, ROWS)
     skip_w, count_w = _on_map(out_w, count_w, COLUMNS)
     tap_h, out_h = tap_h + skip_h * ROWS[6], out_h - skip_h * ROWS[7]
     tap_w, out_w = tap_w + skip_w * COLUMNS[6], out_w - skip_w * COLUMNS[7]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    rest = tl.zeros((BLOCK_M, REST_N if REST_N else 16), tl.float32)
+    rest = tl.zeros((BLOCK_M, REST_N or 16), tl.float32)
     from_y = (out_h * OW + out_w) * PITCH_Y + group * OUTPUTS
     from_w = (tap_h * COLUMNS[2] + tap_w) * CHANNELS + column
     steps = count_h * count_w * (OUTPUTS // BLOCK_K)
+    from_image = tl.where(
+        steps > 0, image, images
+    )  # a pixel that no tap reaches takes one step of zeros: behind the last row
+    from_output = tl.where(steps > 0, group * OUTPUTS, PITCH_Y)
     k, done = 0, 0  # output channels of this tap, taps of this row
     for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count and 8 warps ptxas serialises every wgmma
-        a = dy.load([image, from_y])
-        acc = tl.dot(a, w.load([group * OUTPUTS + k, from_w]), acc)
+        a = dy.load([from_image, from_y])
+        acc = tl.dot(a, w.load([from_output + k, from_w]), acc)
         if REST_N:
-            rest = tl.dot(a, w_rest.load([group * OUTPUTS + k, from_w + BLOCK_N]), rest)
+            rest = tl.dot(a, w_rest.load([from_output + k, from_w + BLOCK_N]), rest)
         k += BLOCK_K
         next_tap = (k == OUTPUTS) * 1
         done += next_tap
         next_row = (done == count_w).to(tl.int32)
         k -= next_tap * OUTPUTS
         done -= next_row * count_w
-        from_y += BLOCK_K - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y) + next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
+        from_y += (
+            BLOCK_K
+            - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y)
+            + next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
+        )
         from_w += next_tap * COLUMNS[6] * CHANNELS + next_row * (ROWS[6] * COLUMNS[2] - count_w * COLUMNS[6]) * CHANNELS
 
     row = tl.arange(0, BLOCK_M)
@@ -113,21 +125,19 @@ def input_tile(
     mask += start
     dx += start
     offset = row.to(INDEX) * (ROWS[0] * WIDTH * PITCH_X)
-    partial += (tl.program_id(2) * (ROWS[0] * WIDTH) + pixel).to(tl.int64) * PITCH_X + group * CHANNELS
+    partial += place.to(tl.int64) * PITCH_X + group * CHANNELS
     channel = column + tl.arange(0, BLOCK_N)
-    acc = tl.where(steps > 0, acc, 0.0)  # a pixel that no tap reaches
     _finish(acc, offset, ok, channel, mask, dx, partial, 1, CHANNELS, MASKED, SUMMED)
     if REST_N:
         channel = column + BLOCK_N + tl.arange(0, REST_N)
-        rest = tl.where(steps > 0, rest, 0.0)
         _finish(rest, offset, ok, channel, mask, dx, partial, 1, CHANNELS, MASKED, SUMMED)
 
 
 @triton.jit
 def input_rows(
     dy, w, mask, dx, partial, rows,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INNERMOST: tl.constexpr,
-    MASKED: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
+    INNERMOST: tl.constexpr, MASKED: tl.constexpr, SUMMED: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``dx`` of BLOCK_M pixels of one residue class, in BLOCK_N channels of one group; K is (tap, output channel).
@@ -144,7 +154,7 @@ def input_rows(
     PIXEL_Y: tl.constexpr = PITCH_Y if INNERMOST else 1
     STEP_X: tl.constexpr = 1 if INNERMOST else MAP
     STEP_Y: tl.constexpr = 1 if INNERMOST else OUT
-    CLASSES_W: tl.constexpr = COLUMNS[3] if COLUMNS[3] < COLUMNS[0] else COLUMNS[0]
+    CLASSES_W: tl.constexpr = min(COLUMNS[0], COLUMNS[3])
     block = tl.program_id(1)
     blocks = tl.num_programs(1) // GROUPS
     group, column = block // blocks, block % blocks * BLOCK_N

@@ -45,17 +45,18 @@ def _accumulated(acc, a, b, i: tl.constexpr, PARTS_M: tl.constexpr):
 
 
 @triton.jit
-def _store_share(acc, steps, partial, output, channel, outputs, channels, LINE: tl.constexpr):
-    """One accumulator to ``partial``, LINE elements a row: rows ``output`` below ``outputs``, columns ``channel`` below ``channels``."""
+def _store_share(acc, partial, output, channel, outputs, channels, LINE: tl.constexpr):
+    """One accumulator to ``partial``, LINE elements a row: ``output`` below ``outputs``, ``channel`` below ``channels``."""
     real = (output < outputs)[:, None] & (channel < channels)[None, :]
-    tl.store(partial + output[:, None] * LINE + channel[None, :], tl.where(steps > 0, acc, 0.0), mask=real)
+    tl.store(partial + output[:, None] * LINE + channel[None, :], acc, mask=real)
 
 
 @triton.jit
 def weight_tile(
     partial, dy, dy_rest, x, x_rest, images,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, REST_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_M: tl.constexpr, REST_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A share of ``dw`` in BLOCK_M + REST_M output channels, TAPS taps of a kernel row and BLOCK_N + REST_N channels of each.
 
@@ -96,7 +97,9 @@ def weight_tile(
     first, steps = _share((images + BLOCK_K - 1) // BLOCK_K * count_h * count_w)
     line = tl.maximum(count_w, 1)
     plane = tl.maximum(count_h * count_w, 1)
-    image = first // plane * BLOCK_K
+    image = tl.where(
+        steps > 0, first // plane * BLOCK_K, images
+    )  # without a step there is one of zeros, behind the last image
     h, w = first % plane // line, first % line
     from_y = ((first_h + h) * OW + first_w + w) * PITCH_Y + group * OUTPUTS + output
     at_h = (first_h + h) * ROWS[3] - ROWS[4] + tap_h * ROWS[5]
@@ -130,27 +133,32 @@ def weight_tile(
         from_x += (next_line - next_image * count_h) * (ROWS[3] * WIDTH * PITCH_X)
 
     LINE: tl.constexpr = ROWS[2] * COLUMNS[2] * CHANNELS
-    partial += (tl.program_id(1) * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE + (tap_h * COLUMNS[2] + tap_w) * CHANNELS
+    partial += (tl.program_id(1) * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE + (
+        tap_h * COLUMNS[2] + tap_w
+    ) * CHANNELS
     rows = output + tl.arange(0, BLOCK_M)
     columns = channel + tl.arange(0, BLOCK_N)
     for t in tl.static_range(TAPS):
         channels = tl.where(tap_w + t < COLUMNS[2], CHANNELS, 0)
-        _store_share(acc[t * PARTS], steps, partial + t * CHANNELS, rows, columns, OUTPUTS, channels, LINE)
+        _store_share(acc[t * PARTS], partial + t * CHANNELS, rows, columns, OUTPUTS, channels, LINE)
         if REST_M:
             more = output + BLOCK_M + tl.arange(0, REST_M)
-            _store_share(acc[t * PARTS + 1], steps, partial + t * CHANNELS, more, columns, OUTPUTS, channels, LINE)
+            _store_share(acc[t * PARTS + 1], partial + t * CHANNELS, more, columns, OUTPUTS, channels, LINE)
         if REST_N:
             others = channel + BLOCK_N + tl.arange(0, REST_N)
-            _store_share(acc[t * PARTS + PARTS_M], steps, partial + t * CHANNELS, rows, others, OUTPUTS, channels, LINE)
+            _store_share(acc[t * PARTS + PARTS_M], partial + t * CHANNELS, rows, others, OUTPUTS, channels, LINE)
             if REST_M:
-                _store_share(acc[t * PARTS + PARTS_M + 1], steps, partial + t * CHANNELS, more, others, OUTPUTS, channels, LINE)
+                _store_share(
+                    acc[t * PARTS + PARTS_M + 1], partial + t * CHANNELS, more, others, OUTPUTS, channels, LINE
+                )
 
 
 @triton.jit
 def weight_rows(
     dy, x, partial, rows,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INNERMOST: tl.constexpr,
-    PRECISION: tl.constexpr, INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
+    INNERMOST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A share of ``dw`` in BLOCK_M output channels of a group and BLOCK_N of its (tap, channel) columns; K is output pixels.
 
@@ -207,7 +215,7 @@ def weight_rows(
         image += BLOCK_K // (OW * OH) + carry
 
     partial += (tl.program_id(1) * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE
-    _store_share(acc, steps, partial, output, column, OUTPUTS, LINE, LINE)
+    _store_share(acc, partial, output, column, OUTPUTS, LINE, LINE)
 
 
 @triton.jit

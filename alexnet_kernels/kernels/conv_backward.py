@@ -8,10 +8,8 @@ multiples of 16. Only what is asked for is computed, and equal inputs give equal
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -20,69 +18,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._conv_backward_choice import MULTIPROCESSORS, choose, classes, places, splits_of, taps_of, weight_tiles
 from ._conv_dgrad import input_rows, input_tile
 from ._conv_geometry import Axis, Problem, halves
 from ._conv_wgrad import sum_shares, weight_rows, weight_tile
 from ._launch import Config, Launch, Tile, index_type, run, tuned
 
-# By pass and output x input channels a group. A tile of 192 is two accumulators, 128 and 64; a weight's tile that is wider than
-# its channels takes several taps. What a step loads is what limits it: 128 x 256 make 85 FLOP a byte, 192 x 192 96, 128 x 48 35.
-TILES = {
-    "input 128x48": Tile("tile", 128, 48, 64, 4, 4),
-    "input 384x256": Tile("tile", 128, 256, 64, 8, 4),
-    "input 192x192": Tile("tile", 128, 192, 64, 8, 4),
-    "input 128x192": Tile("tile", 128, 192, 64, 8, 4),
-    "weight 128x48": Tile("tile", 128, 240, 64, 8, 3),
-    "weight 384x256": Tile("tile", 192, 128, 64, 8, 4),
-    "weight 192x192": Tile("tile", 192, 192, 64, 8, 4),
-    "weight 128x192": Tile("tile", 128, 192, 64, 8, 4),
-    "rows": Tile("rows", 128, 128, 64, 8, 3),
-    "rows float32": Tile("rows", 64, 64, 32, 4, 3),
-}
+FAMILY = "conv_backward"
 SUM = Config(block=256)
-FILLED = 0.75  # of a tile's images must exist, or pixels become its rows
-MULTIPROCESSORS = 132  # of the GPU for which launches are planned on meta tensors
-REFILL = 8  # steps that filling and draining a pipeline costs, and
-SHARE = 1.5  # steps that storing and adding one more share costs: estimates from the bytes moved, not yet measured
-
-
-def _columns(count: int, most: int) -> int:
-    """The width of tile up to ``most`` that leaves least of itself empty; of equal ones the widest."""
-    return min((b for b in (256, 192, 128, 96, 64, 48, 32, 16) if b <= most), key=lambda b: (-(-count // b) * b, -b))
-
-
-def _default(kind: str, problem: Problem) -> Tile:
-    """The tile for channels that :data:`TILES` does not name."""
-    if kind == "input":
-        columns = _columns(problem.depth, 256)
-        depth = math.gcd(problem.width, 64)
-        return Tile("tile", 128, columns, depth, 8 if columns > 128 else 4, 3)
-    columns = _columns(problem.depth, 128)
-    taps = min(problem.columns.taps, 5, 256 // columns) if columns == problem.depth else 1
-    return Tile("tile", 128 if problem.width > 64 else 64, columns * taps, 64, 8, 3)
-
-
-def _fill(count: int, block: int) -> float:
-    return count / max(triton.cdiv(count, block) * block, 1)
-
-
-def tile_of(kind: str, problem: Problem, plain: bool, device: torch.device) -> Tile:
-    """The tile that ``kind``, "input" or "weight", is computed in; ``plain`` says whether descriptors can be had."""
-    table = TILES | tuned("conv_backward", device, Tile)
-    tile = table.get(f"{kind} {problem.width}x{problem.depth}") or _default(kind, problem)
-    if plain and tile.form == "tile" and (kind == "weight" or tile.block_k >= 16):
-        if kind == "input":
-            heights = [replace(tile, block_m=m) for m in (tile.block_m, 64) if m <= tile.block_m]
-            fills = [t for t in heights if _fill(problem.images, t.block_m) >= FILLED]
-        else:
-            depths = [replace(tile, block_k=k) for k in (64, 32, 16) if k <= tile.block_k]
-            fills = [t for t in depths if _fill(problem.images, t.block_k) >= FILLED]
-        if fills:
-            return fills[0]
-    tile = table["rows float32" if problem.itemsize == 4 else "rows"]
-    if kind == "input":
-        return replace(tile, block_n=min(tile.block_n, max(16, triton.next_power_of_2(problem.depth))))
-    return replace(tile, block_m=64 if problem.width <= 64 else tile.block_m)
 
 
 def reaching(axis: Axis) -> tuple[int, ...]:
@@ -120,30 +63,36 @@ def _constants(problem: Problem) -> dict[str, Any]:
     return {"ROWS": problem.rows.constants, "COLUMNS": problem.columns.constants} | sizes
 
 
-def _input_grid(problem: Problem, tile: Tile) -> tuple[int, int, int]:
-    """Programs along pixels, columns of all groups, and images (tile) or residue classes (rows)."""
-    axes = (problem.rows, problem.columns)
+def _input_grid(problem: Problem, tile: Tile) -> tuple[int, ...]:
+    """Programs: blocks of columns of all groups, image tiles and pixels on one axis, the first fastest; or, in rows, blocks of
+    pixels, of columns, and residue classes."""
     columns = triton.cdiv(problem.depth, tile.block_n) * problem.groups
     if tile.form == "tile":
-        return problem.rows.size * problem.columns.size, columns, triton.cdiv(problem.images, tile.block_m)
-    classes = math.prod(min(a.size, a.stride) for a in axes)
-    return triton.cdiv(problem.images * _places(problem), tile.block_m), columns, classes
+        return (columns * triton.cdiv(problem.images, tile.block_m) * problem.rows.size * problem.columns.size,)
+    return triton.cdiv(problem.images * places(problem), tile.block_m), columns, classes(problem)
 
 
-def _places(problem: Problem) -> int:
-    """Pixels of an image in the largest residue class."""
-    return math.prod(triton.cdiv(a.size, a.stride) for a in (problem.rows, problem.columns))
+def _tile(kind: str, problem: Problem, described: bool, innermost: bool, like: Tensor, wgmma: bool | None) -> Tile:
+    """The tile that is measured to be best on the GPU of ``like``, or believed to be; on meta tensors the GPU has wgmma."""
+    if wgmma is None:
+        wgmma = not like.is_cuda or torch.cuda.get_device_capability(like.device) >= (9, 0)
+    best = tuned(FAMILY, like.device, Tile).get(f"{kind} {problem.width}x{problem.depth}")
+    return choose(kind, problem, described, innermost, wgmma, best)
 
 
 def plan_input(
-    dy: Tensor, packed: Tensor, mask: Tensor | None, dx: Tensor, problem: Problem, precision: str, summed: bool
-) -> tuple[Launch, Tensor]:
+    dy: Tensor, packed: Tensor, mask: Tensor | None, dx: Tensor, problem: Problem, precision: str, summed: bool,
+    wgmma: bool | None = None,
+) -> tuple[Launch, Tensor]:  # fmt: skip
     """The launch that writes ``dx`` from the gradient and the packed weight [O, KH·KW·C/g], all in the layout of ``dx``, and
     the partial sums [programs, C] of ``dx`` that it writes too if ``summed``."""
     innermost = dx.is_contiguous(memory_format=torch.channels_last)
-    tile = tile_of("input", problem, innermost and _describable(_matrix(dy), packed), dy.device)
+    described = innermost and _describable(_matrix(dy), packed)
+    tile = _tile("input", problem, described, innermost, dy, wgmma)
     grid = _input_grid(problem, tile)
-    partial = torch.empty((grid[0] * grid[2] if summed else 0, dx.shape[1]), dtype=torch.float32, device=dx.device)
+    columns = triton.cdiv(problem.depth, tile.block_n) * problem.groups
+    sums = math.prod(grid) // columns if summed else 0
+    partial = torch.empty((sums, dx.shape[1]), dtype=torch.float32, device=dx.device)
     out = (dx if mask is None else mask, dx, partial)
     constants = _constants(problem) | {"ROWS": reaching(problem.rows), "COLUMNS": reaching(problem.columns)}
     constants |= {"MASKED": mask is not None, "SUMMED": summed}
@@ -155,7 +104,7 @@ def plan_input(
         args += (problem.images,)
         constants |= {"INDEX": index_type(tile.block_m * math.prod(dx.shape[1:])), "REST_N": rest}
     else:
-        rows = problem.images * _places(problem)
+        rows = problem.images * places(problem)
         kernel, args = input_rows, (dy, packed, *out, rows)
         constants |= {"INNERMOST": innermost, "PRECISION": precision, "INDEX": index_type(rows + tile.block_m)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": wide, "BLOCK_K": tile.block_k}
@@ -163,43 +112,17 @@ def plan_input(
     return Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages), partial
 
 
-def taps_of(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """How many taps of a kernel row the tile of a weight gradient takes, and the channels of each."""
-    taps = max(1, tile.block_n // problem.depth)
-    return taps, tile.block_n // taps
-
-
-def splits_of(problem: Problem, tile: Tile, device: torch.device) -> int:
-    """Into how many shares K is split: where waves of programs, their steps and the shares' own cost are fewest."""
-    tiles, steps = _weight_work(problem, tile)
-    cuda = device.type == "cuda"
-    at_once = torch.cuda.get_device_properties(device).multi_processor_count if cuda else MULTIPROCESSORS
-    at_once *= 1 if tile.num_warps == 8 else 2
-
-    def cost(splits: int) -> float:
-        return triton.cdiv(tiles * splits, at_once) * (triton.cdiv(steps, splits) + REFILL) + SHARE * splits
-
-    return min(range(1, max(2, min(steps, 64) + 1)), key=cost)
-
-
-def _weight_work(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """Tiles of the weight, and the steps of the longest of them."""
-    outputs = triton.cdiv(problem.width, tile.block_m) * problem.groups
-    if tile.form == "rows":
-        columns = triton.cdiv(problem.reduction, tile.block_n)
-        return outputs * columns, triton.cdiv(problem.images * problem.pixels, tile.block_k)
-    taps, columns = taps_of(problem, tile)
-    tiles = outputs * triton.cdiv(problem.depth, columns)
-    tiles *= problem.rows.taps * triton.cdiv(problem.columns.taps, taps)
-    return tiles, triton.cdiv(problem.images, tile.block_k) * problem.pixels
-
-
-def plan_weight(dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: str) -> tuple[Launch, Launch]:
+def plan_weight(
+    dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: str, wgmma: bool | None = None
+) -> tuple[Launch, Launch]:
     """The launch that stores the shares of ``dw``, and the one that adds them; ``dy`` and ``x`` have one layout."""
     innermost = x.is_contiguous(memory_format=torch.channels_last)
-    plain = innermost and _describable(_matrix(dy), _matrix(x))
-    tile = tile_of("weight", problem, plain, dy.device)
-    splits = splits_of(problem, tile, dy.device)
+    described = innermost and _describable(_matrix(dy), _matrix(x))
+    tile = _tile("weight", problem, described, innermost, dy, wgmma)
+    multiprocessors = (
+        torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else MULTIPROCESSORS
+    )
+    splits = splits_of(problem, tile, multiprocessors)
     partial = torch.empty((splits, dw.shape[0], problem.reduction), dtype=torch.float32, device=dy.device)
     constants = _constants(problem)
     args: tuple[Any, ...]
@@ -219,14 +142,14 @@ def plan_weight(dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: 
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         kernel = weight_rows
     constants |= {"BLOCK_K": tile.block_k}
-    grid = (_weight_work(problem, tile)[0], splits)
+    grid = (weight_tiles(problem, tile), splits)
     work = tile.block_m * tile.block_n
     product_ = Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages)
     return product_, _plan_sum(partial, dw, problem)
 
 
 def _plan_sum(partial: Tensor, dw: Tensor, problem: Problem) -> Launch:
-    config = tuned("conv_backward_sum", dw.device).get("sum_shares", SUM)
+    config = tuned(FAMILY + "_sum", dw.device).get("sum_shares", SUM)
     taps = problem.rows.taps * problem.columns.taps
     constants = {"TAPS": taps, "CHANNELS": problem.depth, "BLOCK": config.block}
     args = (partial, dw, dw.numel(), partial.shape[0])
@@ -267,3 +190,35 @@ def weight_gradient(
     for launch in plan_weight(dy, x, dw, problem, precision):
         run(launch)
     return dw
+
+
+def shipped() -> Iterator[tuple[str, Launch]]:
+    """AlexNet's gradients in tiles and in rows, each with a label and planned on meta tensors: for offline compilation.
+
+    Labels that begin with "mma" are planned for GPUs before sm_90, which multiply out of registers.
+    """
+    layers = {"conv2": (96, 27, 256, 5, 2), "conv3": (256, 13, 384, 3, 1), "conv4": (384, 13, 384, 3, 2)}
+    layers["conv5"] = (384, 13, 256, 3, 2)
+    cases = [(*case, "nhwc", "tf32") for case in product((torch.bfloat16, torch.float16), (128, 256, 64))]
+    cases += [
+        (torch.bfloat16, 8, "nhwc", "tf32"),
+        (torch.bfloat16, 128, "nchw", "tf32"),
+        (torch.bfloat16, 65536, "nhwc", "tf32"),
+    ]
+    cases += [(torch.float32, 128, *case) for case in product(("nhwc", "nchw"), ("tf32", "tf32x3", "ieee"))]
+    for wgmma, (name, layer), (dtype, images, order, precision) in product((True, False), layers.items(), cases):
+        channels, size, outputs, taps, groups = layer
+        layout = torch.channels_last if order == "nhwc" else torch.contiguous_format
+        shapes = ((images, c, size, size) for c in (channels, outputs))
+        x, dy = (torch.empty(shape, dtype=dtype, device="meta", memory_format=layout) for shape in shapes)
+        w = torch.empty((outputs, channels // groups, taps, taps), dtype=dtype, device="meta")
+        same = ((1, 1), (taps // 2, taps // 2), (1, 1), groups)
+        problem = Problem.of(x.shape, w.shape, *same, x.element_size())
+        where = f"{str(dtype)[6:]} {order} {name} batch {images}"
+        where += f" {precision}" if dtype == torch.float32 else ""
+        start = "" if wgmma else "mma "
+        for fused in (False, True):
+            launch, _ = plan_input(dy, pack(w), x if fused else None, x, problem, precision, fused, wgmma)
+            yield f"{start}{launch.name} {where}{' mask bias' if fused else ''}", launch
+        for launch in plan_weight(dy, x, w, problem, precision, wgmma):
+            yield f"{start}{launch.name} {where}", launch
