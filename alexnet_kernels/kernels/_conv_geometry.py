@@ -82,7 +82,7 @@ class Problem:
         return self.images * self.pixels * self.groups * self.width * self.reduction
 
     def issued(self, tile: Tile) -> int:
-        """Multiply-accumulates that the tensor cores are asked for: whole tiles, whole steps, and only the taps that are visited."""
+        """Multiply-accumulates that tensor cores are asked for: of whole tiles, in whole steps, at the taps that are visited."""
         outputs = _up(self.width, tile.block_n) * self.groups
         if tile.form == "pointer_rows":
             return _up(self.images * self.pixels, tile.block_m) * outputs * _up(self.reduction, tile.block_k)

@@ -16,8 +16,8 @@ def finish(
     v, y, bias, offset, ok, group, column, pitch,
     OUTPUTS: tl.constexpr, BIASED: tl.constexpr, RELU: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store ``max(0, v + bias)`` as far as asked for, rounded once; rows at ``offset`` in ``y`` where ``ok``, columns of ``group``
-    from ``column`` on, ``pitch`` apart. NaN stays NaN."""
+    """Store ``max(0, v + bias)`` as far as asked for, rounded once: rows at ``offset`` in ``y`` where ``ok``, columns ``pitch``
+    apart, the channels of ``group`` from ``column`` on. NaN stays NaN."""
     lane = column + tl.arange(0, BLOCK_N)
     real = lane < OUTPUTS
     channel = group * OUTPUTS + lane

@@ -104,12 +104,13 @@ def _longest_loop(instructions: list[tuple[int, str, str]]) -> int:
 
 
 def _wgmma_loops(ttgir: str) -> list[int]:
-    """The least ``pendings`` of the waits of each innermost loop that has a wgmma; such a loop ends where its own brace does."""
-    found = []
-    for body in re.findall(r"^( *)(?:%\S+ = )?scf\.for .*?\n(.*?)^\1\}", ttgir, re.MULTILINE | re.DOTALL):
-        if "ttng.warp_group_dot " in body[1]:
-            found.append(min(map(int, re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", body[1])), default=-1))
-    return found
+    """The least ``pendings`` of the waits of each loop that has a wgmma; a loop ends where its own brace does."""
+    loops = re.findall(r"^( *)(?:%\S+ = )?scf\.for .*?\n(.*?)^\1\}", ttgir, re.MULTILINE | re.DOTALL)
+    return [
+        min(map(int, re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", body)), default=-1)
+        for _, body in loops
+        if "ttng.warp_group_dot " in body
+    ]
 
 
 def _serialized(tools: Path, ptx: str, arch: int) -> int:
