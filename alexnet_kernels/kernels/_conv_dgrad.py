@@ -155,16 +155,18 @@ def input_rows(
     STEP_X: tl.constexpr = 1 if INNERMOST else MAP
     STEP_Y: tl.constexpr = 1 if INNERMOST else OUT
     CLASSES_W: tl.constexpr = min(COLUMNS[0], COLUMNS[3])
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1) // GROUPS
-    group, column = block // blocks, block % blocks * BLOCK_N
-    tap_h, base_h, count_h = _reach(tl.program_id(2) // CLASSES_W, ROWS)
-    tap_w, base_w, count_w = _reach(tl.program_id(2) % CLASSES_W, COLUMNS)
-    index = tl.cast(tl.program_id(0), INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+    program, tiles = tl.program_id(0), ((rows + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+    group, column = program // BLOCKS % GROUPS, program % BLOCKS * BLOCK_N
+    tile = program // (BLOCKS * GROUPS)
+    class_h, class_w = tile // tiles // CLASSES_W, tile // tiles % CLASSES_W
+    tap_h, base_h, count_h = _reach(class_h, ROWS)
+    tap_w, base_w, count_w = _reach(class_w, COLUMNS)
+    index = tl.cast(tile % tiles, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = (index % PLACES).to(tl.int32)
     image = (index // PLACES).to(tl.int64)
-    h = place // PLACES_W * ROWS[3] + tl.program_id(2) // CLASSES_W
-    wide = place % PLACES_W * COLUMNS[3] + tl.program_id(2) % CLASSES_W
+    h = place // PLACES_W * ROWS[3] + class_h
+    wide = place % PLACES_W * COLUMNS[3] + class_w
     ok = (index < rows) & (h < ROWS[0]) & (wide < COLUMNS[0])
     out_h, out_w = place // PLACES_W + base_h, place % PLACES_W + base_w
     y_row = dy + image * (PITCH_Y * OUT) + (out_h * COLUMNS[1] + out_w) * PIXEL_Y + group * OUTPUTS * STEP_Y
@@ -199,5 +201,5 @@ def input_rows(
         tap += next_tap * COLUMNS[6] + next_row * (ROWS[6] * COLUMNS[2] - count_w * COLUMNS[6])
 
     offset = image * (PITCH_X * MAP) + (h * COLUMNS[0] + wide) * PIXEL_X + group * CHANNELS * STEP_X
-    partial += (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * PITCH_X + group * CHANNELS
+    partial += tile.to(tl.int64) * PITCH_X + group * CHANNELS
     _finish(acc, offset, ok, channel, mask, dx, partial, STEP_X, CHANNELS, MASKED, SUMMED)

@@ -23,6 +23,7 @@ from ._conv_dgrad import input_rows, input_tile
 from ._conv_geometry import Axis, Problem, halves
 from ._conv_wgrad import sum_shares, weight_rows, weight_tile
 from ._launch import Config, Launch, Tile, index_type, run, tuned
+from .conv import pack
 
 FAMILY = "conv_backward"
 SUM = Config(block=256)
@@ -63,13 +64,11 @@ def _constants(problem: Problem) -> dict[str, Any]:
     return {"ROWS": problem.rows.constants, "COLUMNS": problem.columns.constants} | sizes
 
 
-def _input_grid(problem: Problem, tile: Tile) -> tuple[int, ...]:
-    """Programs: blocks of columns of all groups, image tiles and pixels on one axis, the first fastest; or, in rows, blocks of
-    pixels, of columns, and residue classes."""
-    columns = triton.cdiv(problem.depth, tile.block_n) * problem.groups
+def _row_tiles(problem: Problem, tile: Tile) -> int:
+    """Tiles of rows of the data gradient: images at each pixel, or pixels of each residue class."""
     if tile.form == "tile":
-        return (columns * triton.cdiv(problem.images, tile.block_m) * problem.rows.size * problem.columns.size,)
-    return triton.cdiv(problem.images * places(problem), tile.block_m), columns, classes(problem)
+        return triton.cdiv(problem.images, tile.block_m) * problem.rows.size * problem.columns.size
+    return triton.cdiv(problem.images * places(problem), tile.block_m) * classes(problem)
 
 
 def _tile(kind: str, problem: Problem, described: bool, innermost: bool, like: Tensor, wgmma: bool | None) -> Tile:
@@ -89,10 +88,8 @@ def plan_input(
     innermost = dx.is_contiguous(memory_format=torch.channels_last)
     described = innermost and _describable(_matrix(dy), packed)
     tile = _tile("input", problem, described, innermost, dy, wgmma)
-    grid = _input_grid(problem, tile)
-    columns = triton.cdiv(problem.depth, tile.block_n) * problem.groups
-    sums = math.prod(grid) // columns if summed else 0
-    partial = torch.empty((sums, dx.shape[1]), dtype=torch.float32, device=dx.device)
+    tiles = _row_tiles(problem, tile)
+    partial = torch.empty((tiles if summed else 0, dx.shape[1]), dtype=torch.float32, device=dx.device)
     out = (dx if mask is None else mask, dx, partial)
     constants = _constants(problem) | {"ROWS": reaching(problem.rows), "COLUMNS": reaching(problem.columns)}
     constants |= {"MASKED": mask is not None, "SUMMED": summed}
@@ -108,6 +105,7 @@ def plan_input(
         kernel, args = input_rows, (dy, packed, *out, rows)
         constants |= {"INNERMOST": innermost, "PRECISION": precision, "INDEX": index_type(rows + tile.block_m)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": wide, "BLOCK_K": tile.block_k}
+    grid = (tiles * triton.cdiv(problem.depth, tile.block_n) * problem.groups,)
     work = tile.block_m * tile.block_n
     return Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages), partial
 
@@ -132,17 +130,17 @@ def plan_weight(
         args = (partial,)
         for matrix, sizes in ((_matrix(dy), (tall, more or tall)), (_matrix(x), (wide, rest or wide))):
             args += tuple(TensorDescriptor.from_tensor(matrix, [tile.block_k, size]) for size in sizes)
-        args += (problem.images,)
+        args += (problem.images, splits)
         constants |= {"TAPS": taps, "BLOCK_M": tall, "REST_M": more, "BLOCK_N": wide, "REST_N": rest}
         kernel = weight_tile
     else:
         rows = problem.images * problem.pixels
-        args = (dy, x, partial, rows)
+        args = (dy, x, partial, rows, splits)
         constants |= {"INNERMOST": innermost, "PRECISION": precision, "INDEX": index_type(rows + tile.block_k)}
         constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         kernel = weight_rows
     constants |= {"BLOCK_K": tile.block_k}
-    grid = (weight_tiles(problem, tile), splits)
+    grid = (weight_tiles(problem, tile) * splits,)
     work = tile.block_m * tile.block_n
     product_ = Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages)
     return product_, _plan_sum(partial, dw, problem)
@@ -155,11 +153,6 @@ def _plan_sum(partial: Tensor, dw: Tensor, problem: Problem) -> Launch:
     args = (partial, dw, dw.numel(), partial.shape[0])
     grid = (triton.cdiv(dw.numel(), config.block),)
     return Launch(sum_shares, grid, args, constants, config.num_warps, config.block)
-
-
-def pack(weight: Tensor) -> Tensor:
-    """[O, C/g, KH, KW] as [O, KH·KW·C/g]: taps outside, channels inside; nothing moves for a channels_last weight."""
-    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], math.prod(weight.shape[1:])).contiguous()
 
 
 def input_gradient(
