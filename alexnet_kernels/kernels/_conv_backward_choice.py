@@ -11,16 +11,16 @@ import triton
 from ._conv_geometry import Axis, Problem
 from ._launch import Tile
 
-# For sm_90 and later, by gradient and output x input channels a group, the tallest first. A tile of 192 is two accumulators, 128
-# and 64. A weight's tile that is wider than its channels takes several taps. What a step loads limits it: 128 x 256 makes 85 FLOP
-# of a byte, 192 x 192 96, 128 x 240 83, 128 x 48 35.
+# By gradient and output x input channels a group. A tile of 192 is two accumulators, 128 and 64; a weight's tile that is wider
+# than its channels takes several taps. What a step loads is what limits it: of a byte 192 x 256 makes 110 FLOP, 192 x 192 96, 128 x 256
+# 85, 128 x 240 83, 128 x 48 35.
 TILES = {
     "input 128x48": Tile("tile", 128, 48, 64, 4, 4),
     "input 384x256": Tile("tile", 128, 256, 64, 8, 4),
     "input 192x192": Tile("tile", 128, 192, 64, 8, 4),
     "input 128x192": Tile("tile", 128, 192, 64, 8, 4),
     "weight 128x48": Tile("tile", 128, 240, 64, 8, 3),
-    "weight 384x256": Tile("tile", 192, 128, 64, 8, 4),
+    "weight 384x256": Tile("tile", 192, 256, 64, 8, 3),
     "weight 192x192": Tile("tile", 192, 192, 64, 8, 4),
     "weight 128x192": Tile("tile", 128, 192, 64, 8, 4),
 }
@@ -41,15 +41,14 @@ def _width(count: int, most: int, least: int = 16) -> int:
     )
 
 
-def _default(kind: str, problem: Problem, wgmma: bool) -> Tile:
-    """The tile for channels that :data:`TILES` does not name, or for mma, whose operands take registers too."""
+def _default(kind: str, problem: Problem) -> Tile:
+    """The tile for channels that :data:`TILES` does not name."""
     if kind == "input":
-        columns = _width(problem.depth, 256 if wgmma else 128)
-        depth = math.gcd(problem.width, 64)
-        return Tile("tile", 128, columns, depth, 8 if columns > 128 or not wgmma else 4, 3)
-    columns = _width(problem.depth, 128 if wgmma else 96)
-    taps = min(problem.columns.taps, 5, (240 if wgmma else 96) // columns) if columns == problem.depth else 1
-    return Tile("tile", _width(problem.width, 128, 64), columns * max(taps, 1), 64, 8, 3)
+        columns = _width(problem.depth, 256)
+        return Tile("tile", 128, columns, math.gcd(problem.width, 64), 8 if columns > 128 else 4, 3)
+    columns = _width(problem.depth, 128)
+    taps = min(problem.columns.taps, 5, 240 // columns) if columns == problem.depth else 1
+    return Tile("tile", _width(problem.width, 128, 64), columns * taps, 64, 8, 3)
 
 
 def _shorter(kind: str, tile: Tile, problem: Problem) -> list[Tile]:
@@ -64,15 +63,15 @@ def choose(
     kind: str, problem: Problem, described: bool, innermost: bool, wgmma: bool, tuned: Tile | None = None
 ) -> Tile:
     """The tile for the gradient ``kind``, "input" or "weight". ``described``: descriptors can read the tensors; ``innermost``:
-    channels are; ``wgmma``: sm_90 or later; ``tuned``: what measurements chose for these channels."""
+    channels are; ``wgmma``: products come from shared memory, as on sm_90 and sm_100 (for sm_80 the compiler fetches no
+    descriptor ahead); ``tuned``: what measurements chose for these channels."""
     rows = ROWS if innermost and problem.itemsize == 2 else SMALL_ROWS
     if kind == "input":
         rows = replace(rows, block_n=min(rows.block_n, max(16, triton.next_power_of_2(problem.depth))))
     else:
-        rows = replace(rows, block_m=64 if problem.width <= 64 else rows.block_m)
-    tile = tuned or (TILES.get(f"{kind} {problem.width}x{problem.depth}") if wgmma else None)
-    tile = tile or _default(kind, problem, wgmma)
-    if not described or (kind == "input" and (tile.block_k < 16 or problem.width % tile.block_k)):
+        rows = replace(rows, block_m=64 if problem.width <= 64 else rows.block_m, num_warps=8)
+    tile = tuned or TILES.get(f"{kind} {problem.width}x{problem.depth}") or _default(kind, problem)
+    if not (described and wgmma) or (kind == "input" and (tile.block_k < 16 or problem.width % tile.block_k)):
         return rows
     tiles = [(issued(kind, problem, t), t) for t in _shorter(kind, tile, problem)]
     least = min(tiles, key=lambda pair: pair[0])[0]
@@ -96,6 +95,7 @@ def weight_tiles(problem: Problem, tile: Tile) -> int:
     return outputs * across * problem.rows.taps
 
 
+@functools.lru_cache(maxsize=512)
 def splits_of(problem: Problem, tile: Tile, multiprocessors: int = MULTIPROCESSORS) -> int:
     """Into how many shares K is split: where waves of programs, their steps and the shares' own cost are least."""
     tiles, steps = weight_tiles(problem, tile), max(_weight_steps(problem, tile), default=0)

@@ -38,13 +38,12 @@ def reaching(axis: Axis) -> tuple[int, ...]:
 
 
 def _layout(*tensors: Tensor) -> torch.memory_format:
-    """The layout of the first tensor that has only one; a tensor that has neither is copied, one that has both fits either."""
+    """The layout of the first tensor that has only one: a map of one pixel has both. A tensor that has neither is copied."""
     for x in tensors:
         innermost = x.is_contiguous(memory_format=torch.channels_last)
         if innermost != x.is_contiguous():
             return torch.channels_last if innermost else torch.contiguous_format
-    both = tensors[0].is_contiguous()
-    return torch.channels_last if both else torch.contiguous_format
+    return torch.contiguous_format
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -71,23 +70,21 @@ def _row_tiles(problem: Problem, tile: Tile) -> int:
     return triton.cdiv(problem.images * places(problem), tile.block_m) * classes(problem)
 
 
-def _tile(kind: str, problem: Problem, described: bool, innermost: bool, like: Tensor, wgmma: bool | None) -> Tile:
+def _tile(kind: str, problem: Problem, described: bool, innermost: bool, like: Tensor) -> Tile:
     """The tile that is measured to be best on the GPU of ``like``, or believed to be; on meta tensors the GPU has wgmma."""
-    if wgmma is None:
-        wgmma = not like.is_cuda or torch.cuda.get_device_capability(like.device) >= (9, 0)
+    wgmma = not like.is_cuda or torch.cuda.get_device_capability(like.device)[0] in (9, 10)
     best = tuned(FAMILY, like.device, Tile).get(f"{kind} {problem.width}x{problem.depth}")
     return choose(kind, problem, described, innermost, wgmma, best)
 
 
 def plan_input(
-    dy: Tensor, packed: Tensor, mask: Tensor | None, dx: Tensor, problem: Problem, precision: str, summed: bool,
-    wgmma: bool | None = None,
-) -> tuple[Launch, Tensor]:  # fmt: skip
+    dy: Tensor, packed: Tensor, mask: Tensor | None, dx: Tensor, problem: Problem, precision: str, summed: bool
+) -> tuple[Launch, Tensor]:
     """The launch that writes ``dx`` from the gradient and the packed weight [O, KH·KW·C/g], all in the layout of ``dx``, and
     the partial sums [programs, C] of ``dx`` that it writes too if ``summed``."""
     innermost = dx.is_contiguous(memory_format=torch.channels_last)
     described = innermost and _describable(_matrix(dy), packed)
-    tile = _tile("input", problem, described, innermost, dy, wgmma)
+    tile = _tile("input", problem, described, innermost, dy)
     tiles = _row_tiles(problem, tile)
     partial = torch.empty((tiles if summed else 0, dx.shape[1]), dtype=torch.float32, device=dx.device)
     out = (dx if mask is None else mask, dx, partial)
@@ -110,13 +107,11 @@ def plan_input(
     return Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages), partial
 
 
-def plan_weight(
-    dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: str, wgmma: bool | None = None
-) -> tuple[Launch, Launch]:
+def plan_weight(dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: str) -> tuple[Launch, Launch]:
     """The launch that stores the shares of ``dw``, and the one that adds them; ``dy`` and ``x`` have one layout."""
     innermost = x.is_contiguous(memory_format=torch.channels_last)
     described = innermost and _describable(_matrix(dy), _matrix(x))
-    tile = _tile("weight", problem, described, innermost, dy, wgmma)
+    tile = _tile("weight", problem, described, innermost, dy)
     multiprocessors = (
         torch.cuda.get_device_properties(dy.device).multi_processor_count if dy.is_cuda else MULTIPROCESSORS
     )
@@ -142,11 +137,12 @@ def plan_weight(
     constants |= {"BLOCK_K": tile.block_k}
     grid = (weight_tiles(problem, tile) * splits,)
     work = tile.block_m * tile.block_n
-    product_ = Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages)
-    return product_, _plan_sum(partial, dw, problem)
+    shares = Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages)
+    return shares, plan_sum(partial, dw, problem)
 
 
-def _plan_sum(partial: Tensor, dw: Tensor, problem: Problem) -> Launch:
+def plan_sum(partial: Tensor, dw: Tensor, problem: Problem) -> Launch:
+    """The launch that adds ``partial`` [splits, O, KH·KW·C/g] and writes ``dw``."""
     config = tuned(FAMILY + "_sum", dw.device).get("sum_shares", SUM)
     taps = problem.rows.taps * problem.columns.taps
     constants = {"TAPS": taps, "CHANNELS": problem.depth, "BLOCK": config.block}
@@ -159,10 +155,13 @@ def input_gradient(
     dy: Tensor, weight: Tensor, x_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, precision: str, mask: Tensor | None = None, with_bias_grad: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``dx`` in the layout of ``dy`` and its dtype, zero where not ``mask > 0`` or NaN (the activation that the input is), and
-    the sum of that over all but channels, in ``dy``'s dtype: the gradient of the bias below."""
+    """``dx`` in the dtype and layout of ``dy`` (whose maps of one pixel have both: then in the mask's, or the weight's).
+
+    ``mask`` is the activation that the input was, ``relu(z)``: ``dx`` is zero where it is <= 0, so that NaN lets it through.
+    Then the sum of ``dx`` over all but channels, in the same dtype, is the gradient of the bias below; it adds fp32 values.
+    """
     problem = Problem.of(x_shape, weight.shape, stride, padding, dilation, groups, dy.element_size())
-    layout = _layout(dy) if mask is None else _layout(dy, mask)
+    layout = _layout(dy, weight if mask is None else mask, weight)
     dy = dy.contiguous(memory_format=layout)
     mask = None if mask is None else mask.contiguous(memory_format=layout)
     dx = torch.empty(tuple(x_shape), dtype=dy.dtype, device=dy.device, memory_format=layout)
@@ -186,10 +185,7 @@ def weight_gradient(
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
-    """AlexNet's gradients in tiles and in rows, each with a label and planned on meta tensors: for offline compilation.
-
-    Labels that begin with "mma" are planned for GPUs before sm_90, which multiply out of registers.
-    """
+    """AlexNet's gradients in tiles and in rows, each with a label and planned on meta tensors: for offline compilation."""
     layers = {"conv2": (96, 27, 256, 5, 2), "conv3": (256, 13, 384, 3, 1), "conv4": (384, 13, 384, 3, 2)}
     layers["conv5"] = (384, 13, 256, 3, 2)
     cases = [(*case, "nhwc", "tf32") for case in product((torch.bfloat16, torch.float16), (128, 256, 64))]
@@ -199,7 +195,7 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         (torch.bfloat16, 65536, "nhwc", "tf32"),
     ]
     cases += [(torch.float32, 128, *case) for case in product(("nhwc", "nchw"), ("tf32", "tf32x3", "ieee"))]
-    for wgmma, (name, layer), (dtype, images, order, precision) in product((True, False), layers.items(), cases):
+    for (name, layer), (dtype, images, order, precision) in product(layers.items(), cases):
         channels, size, outputs, taps, groups = layer
         layout = torch.channels_last if order == "nhwc" else torch.contiguous_format
         shapes = ((images, c, size, size) for c in (channels, outputs))
@@ -209,9 +205,8 @@ def shipped() -> Iterator[tuple[str, Launch]]:
         problem = Problem.of(x.shape, w.shape, *same, x.element_size())
         where = f"{str(dtype)[6:]} {order} {name} batch {images}"
         where += f" {precision}" if dtype == torch.float32 else ""
-        start = "" if wgmma else "mma "
         for fused in (False, True):
-            launch, _ = plan_input(dy, pack(w), x if fused else None, x, problem, precision, fused, wgmma)
-            yield f"{start}{launch.name} {where}{' mask bias' if fused else ''}", launch
-        for launch in plan_weight(dy, x, w, problem, precision, wgmma):
-            yield f"{start}{launch.name} {where}", launch
+            launch, _ = plan_input(dy, pack(w), x if fused else None, x, problem, precision, fused)
+            yield f"{launch.name} {where}{' mask bias' if fused else ''}", launch
+        for launch in plan_weight(dy, x, w, problem, precision):
+            yield f"{launch.name} {where}", launch
