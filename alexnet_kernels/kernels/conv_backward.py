@@ -18,7 +18,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._conv_backward_choice import MULTIPROCESSORS, choose, classes, places, splits_of, taps_of, weight_tiles
+from ._conv_backward_choice import (
+    MULTIPROCESSORS,
+    choose,
+    input_tiles,
+    places,
+    row_tiles,
+    splits_of,
+    taps_of,
+    weight_tiles,
+)
 from ._conv_dgrad import input_rows, input_tile
 from ._conv_geometry import Axis, Problem, halves
 from ._conv_wgrad import sum_shares, weight_rows, weight_tile
@@ -63,13 +72,6 @@ def _constants(problem: Problem) -> dict[str, Any]:
     return {"ROWS": problem.rows.constants, "COLUMNS": problem.columns.constants} | sizes
 
 
-def _row_tiles(problem: Problem, tile: Tile) -> int:
-    """Tiles of rows of the data gradient: images at each pixel, or pixels of each residue class."""
-    if tile.form == "tile":
-        return triton.cdiv(problem.images, tile.block_m) * problem.rows.size * problem.columns.size
-    return triton.cdiv(problem.images * places(problem), tile.block_m) * classes(problem)
-
-
 def _tile(kind: str, problem: Problem, described: bool, innermost: bool, like: Tensor) -> Tile:
     """The tile that is measured to be best on the GPU of ``like``, or believed to be; on meta tensors the GPU has wgmma."""
     wgmma = not like.is_cuda or torch.cuda.get_device_capability(like.device)[0] in (9, 10)
@@ -85,8 +87,9 @@ def plan_input(
     innermost = dx.is_contiguous(memory_format=torch.channels_last)
     described = innermost and _describable(_matrix(dy), packed)
     tile = _tile("input", problem, described, innermost, dy)
-    tiles = _row_tiles(problem, tile)
-    partial = torch.empty((tiles if summed else 0, dx.shape[1]), dtype=torch.float32, device=dx.device)
+    partial = torch.empty(
+        (row_tiles(problem, tile) if summed else 0, dx.shape[1]), dtype=torch.float32, device=dx.device
+    )
     out = (dx if mask is None else mask, dx, partial)
     constants = _constants(problem) | {"ROWS": reaching(problem.rows), "COLUMNS": reaching(problem.columns)}
     constants |= {"MASKED": mask is not None, "SUMMED": summed}
@@ -102,7 +105,7 @@ def plan_input(
         kernel, args = input_rows, (dy, packed, *out, rows)
         constants |= {"INNERMOST": innermost, "PRECISION": precision, "INDEX": index_type(rows + tile.block_m)}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": wide, "BLOCK_K": tile.block_k}
-    grid = (tiles * triton.cdiv(problem.depth, tile.block_n) * problem.groups,)
+    grid = (input_tiles(problem, tile),)
     work = tile.block_m * tile.block_n
     return Launch(kernel, grid, args, constants, tile.num_warps, work, tile.num_stages), partial
 

@@ -43,8 +43,9 @@ def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         product = interpreter_builder.create_dot
 
         def widened(v: Any) -> Any:
-            bits = v.data.astype(np.uint32) << 16
-            return TensorHandle(bits.view(np.float32), tl.float32) if v.dtype == tl.bfloat16 else v
+            if v.dtype != tl.bfloat16:
+                return v
+            return TensorHandle((v.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
         monkeypatch.setattr(interpreter_builder, "create_dot", lambda a, b, *c: product(widened(a), widened(b), *c))
 
@@ -193,7 +194,7 @@ def test_rows_of_pixels_are_exact(case: int, innermost: bool, tiles: Callable[..
     check_exact(*ROWED[case], (torch.float32, *HALF)[case % 3], innermost)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, tiles: Callable[..., None]) -> None:
     """Whatever the geometry, either form: at most a few hundred steps of small tiles."""
@@ -216,7 +217,7 @@ def test_any_shape(data: st.DataObject, tiles: Callable[..., None]) -> None:
     innermost = form == "tile" or data.draw(st.booleans())
     problem = Problem.of((images, groups * depth, *size), (groups * width, depth, *taps), *g, 2)
     steps = sum(choice.issued(k, problem, t) / (t.block_m * 16 * t.block_k) for k, t in (("input", dx), ("weight", dw)))
-    assume(steps <= 100)
+    assume(steps <= 80)
     check_exact((images, groups * depth, *size), (groups * width, depth, *taps), g, torch.float16, innermost)
 
 
