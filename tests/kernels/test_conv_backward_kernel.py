@@ -176,7 +176,7 @@ def test_tiles_of_images_are_exact(case: int, tiles: Callable[..., None]) -> Non
 
 
 ROWED = [
-    ((2, 8, 4, 5), (16, 8, 3, 3), SAME),
+    ((2, 7, 4, 5), (20, 7, 3, 3), SAME),
     ((1, 9, 6, 5), (6, 3, 3, 2), ((1, 2), (1, 0), (1, 1), 3)),  # odd channels, which fill no step
     ((3, 5, 7, 8), (3, 5, 3, 2), ((2, 3), (1, 0), (3, 2), 1)),
     ((2, 6, 5, 6), (40, 3, 2, 2), ((4, 2), (0, 1), (2, 2), 2)),  # a common divisor: classes that no tap reaches
@@ -256,7 +256,8 @@ def test_error_is_what_the_types_cost(
 def test_mask_and_bias_gradient(form: str, masked: bool, tiles: Callable[..., None]) -> None:
     """Zero where the activation is, also where the gradient is NaN; NaN of the activation lets the gradient through."""
     tiles(*((replace(IMAGES, block_n=48), IMAGES) if form == "tile" else (PIXELS, PIXELS)), 1)
-    x, w, dy = drawn((18, 48, 3, 4), (16, 48, 3, 3), SAME, True)
+    channels = 44 if form == "planes" else 48  # 8·m channels would be copied to channels_last
+    x, w, dy = drawn((18, channels, 3, 4), (16, channels, 3, 3), SAME, True)
     dx, _ = oracle(x, w, dy, SAME)
     x[:, 0], x[:, 1], x[0, 2] = float("nan"), -0.0, float("inf")
     expected = torch.where(x <= 0, 0.0, dx) if masked else dx
@@ -265,7 +266,7 @@ def test_mask_and_bias_gradient(form: str, masked: bool, tiles: Callable[..., No
     mask = x if masked else None
     result, bias = kernel.input_gradient(dy, w, x.shape, *SAME, "tf32", mask, True)
     assert torch.equal(result.double().cpu(), expected)
-    assert bias is not None and (bias.dtype, bias.shape) == (torch.float16, (48,))
+    assert bias is not None and (bias.dtype, bias.shape) == (torch.float16, (channels,))
     assert torch.equal(bias.double().cpu(), expected.sum((0, 2, 3)))
     alone, nothing = kernel.input_gradient(dy, w, x.shape, *SAME, "tf32", mask)
     assert nothing is None and torch.equal(alone, result)
@@ -326,7 +327,8 @@ def test_a_pixel_that_no_tap_reaches_is_zero_whatever_the_weights(tiles: Callabl
 
 
 def test_other_layouts_and_addresses() -> None:
-    """A slice is copied; what does not begin at 16 bytes is not described; layouts may differ between the operands."""
+    """A slice is copied, planes of 8·m channels too; what does not begin at 16 bytes is not described; layouts may differ
+    between the operands."""
     g: Geometry = ((1, 1), (0, 0), (1, 1), 1)
     x, w, dy = (t.half() for t in drawn((16, 16, 2, 3), (16, 16, 1, 1), g, True))
     exact = oracle(x.double(), w.double(), dy.double(), g)
@@ -337,6 +339,7 @@ def test_other_layouts_and_addresses() -> None:
     for grad in (wide, shifted, laid_out(dy, True), laid_out(dy, False)):
         for last in (True, False):
             results = both(laid_out(x, last), laid_out(w, not last), grad, g)
+            assert results[0].is_contiguous() == (not grad.is_contiguous(memory_format=torch.channels_last))
             assert all(torch.equal(a.double().cpu(), b) for a, b in zip(results, exact, strict=True))
 
 
