@@ -23,7 +23,8 @@ import triton.language as tl
 def _reach(at, AXIS: tl.constexpr):
     """The first tap that reaches coordinate ``at``, its output coordinate (it may be off the map), and how many taps divide.
 
-    The next tap is ``AXIS[6]`` further, its output coordinate ``AXIS[7]`` back.
+    AXIS is size, outputs, taps, stride, padding and dilation; then, between two taps that reach one coordinate, how many taps
+    they are apart [6] and how far back the second's output coordinate is [7]; and the inverse of [7] modulo [6].
     """
     K: tl.constexpr = AXIS[2]
     S: tl.constexpr = AXIS[3]
@@ -96,12 +97,11 @@ def input_tile(
     from_y = (out_h * OW + out_w) * PITCH_Y + group * OUTPUTS
     from_w = (tap_h * COLUMNS[2] + tap_w) * CHANNELS + column
     steps = count_h * count_w * (OUTPUTS // BLOCK_K)
-    from_image = tl.where(
-        steps > 0, image, images
-    )  # a pixel that no tap reaches takes one step of zeros: behind the last row
+    # a pixel that no tap reaches takes one step too, of zeros: behind the last row of both operands
+    from_image = tl.where(steps > 0, image, images)
     from_output = tl.where(steps > 0, group * OUTPUTS, PITCH_Y)
     k, done = 0, 0  # output channels of this tap, taps of this row
-    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count and 8 warps ptxas serialises every wgmma
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # at least one: see _conv_wgrad.weight_rows
         a = dy.load([from_image, from_y])
         acc = tl.dot(a, w.load([from_output + k, from_w]), acc)
         if REST_N:
@@ -112,11 +112,8 @@ def input_tile(
         next_row = (done == count_w).to(tl.int32)
         k -= next_tap * OUTPUTS
         done -= next_row * count_w
-        from_y += (
-            BLOCK_K
-            - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y)
-            + next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
-        )
+        from_y += BLOCK_K - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y)
+        from_y += next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
         from_w += next_tap * COLUMNS[6] * CHANNELS + next_row * (ROWS[6] * COLUMNS[2] - count_w * COLUMNS[6]) * CHANNELS
 
     row = tl.arange(0, BLOCK_M)

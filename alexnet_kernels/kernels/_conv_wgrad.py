@@ -20,11 +20,14 @@ from ._launch import block_of
 
 @triton.jit
 def _inside(tap, AXIS: tl.constexpr):
-    """The first output coordinate whose tap ``tap`` is on the map, and the one after the last."""
+    """The first output coordinate whose tap ``tap`` is on the map, and the one after the last; (outputs, 0) if there is none.
+
+    AXIS is size, outputs, taps, stride, padding and dilation.
+    """
     ahead = AXIS[4] - tap * AXIS[5]  # input coordinate = output · stride - ahead
     first = tl.maximum(ahead + AXIS[3] - 1, 0) // AXIS[3]
-    end = tl.maximum(AXIS[0] + ahead + AXIS[3] - 1, 0) // AXIS[3]
-    return first, tl.minimum(end, AXIS[1])
+    end = tl.minimum(tl.maximum(AXIS[0] + ahead + AXIS[3] - 1, 0) // AXIS[3], AXIS[1])
+    return tl.where(first < end, first, AXIS[1]), tl.where(first < end, end, 0)
 
 
 @triton.jit
@@ -99,13 +102,13 @@ def weight_tile(
     plane = tl.maximum(count_h * count_w, 1)
     image = tl.where(
         steps > 0, first // plane * BLOCK_K, images
-    )  # without a step there is one of zeros, behind the last image
+    )  # a share without a step takes one of zeros, behind the last
     h, w = first % plane // line, first % line
     from_y = ((first_h + h) * OW + first_w + w) * PITCH_Y + group * OUTPUTS + output
     at_h = (first_h + h) * ROWS[3] - ROWS[4] + tap_h * ROWS[5]
     at_w = (first_w + w) * COLUMNS[3] - COLUMNS[4] + tap_w * COLUMNS[5]
     from_x = (at_h * WIDTH + at_w) * PITCH_X + group * CHANNELS + channel
-    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count and 8 warps ptxas serialises every wgmma
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # at least one: see weight_rows
         a = (tl.trans(dy.load([image, from_y])),)
         if REST_M:
             a += (tl.trans(dy_rest.load([image, from_y + BLOCK_M])),)
@@ -193,7 +196,7 @@ def weight_rows(
     left = (rows - tl.cast(first, INDEX) * BLOCK_K).to(INDEX)
     lane = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.range(0, tl.maximum(steps, 1)):
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count ptxas (12.8) serialises every wgmma of this kernel
         ok = (lane < left) & (steps > 0)
         y_row = image * (PITCH_Y * OH * OW) + (h * OW + w) * PIXEL_Y
         x_row = image * (PITCH_X * MAP) + (h * (ROWS[3] * COLUMNS[0]) + w * COLUMNS[3]) * PIXEL_X

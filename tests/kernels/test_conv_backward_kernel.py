@@ -393,7 +393,7 @@ def test_tuned_tiles_are_taken() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the products that the interpreter makes")
-@pytest.mark.parametrize("case", TILED[:8:2] + [(*c, PIXELS, PIXELS, 2) for c in ROWED[1:4]])
+@pytest.mark.parametrize("case", [TILED[i] for i in (0, 2, 4, 5, 7)] + [(*c, PIXELS, PIXELS, 2) for c in ROWED[1:4]])
 def test_products_issued_are_those_counted(
     case: Any, tiles: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
