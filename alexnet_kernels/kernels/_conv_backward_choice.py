@@ -37,11 +37,10 @@ SHARE = 1.5  # steps that storing and adding one more share costs: estimates fro
 MOST_SHARES = 64
 
 
-def _width(count: int, most: int, least: int = 16) -> int:
-    """The width of tile up to ``most`` that leaves least of itself empty; of equal ones the widest."""
-    return min(
-        (b for b in (256, 192, 128, 96, 64, 48, 32, 16) if least <= b <= most), key=lambda b: (-(-count // b) * b, -b)
-    )
+def _width(count: int, most: int, unit: int = 16) -> int:
+    """The widest tile up to ``most``, in parts of ``unit`` at least, that computes at most a quarter more than the tightest."""
+    covered = {b: triton.cdiv(count, b) * b for b in (16, 32, 48, 64, 96, 128, 192, 256) if b <= most and b % unit == 0}
+    return max(b for b, total in covered.items() if 4 * total <= 5 * min(covered.values()))
 
 
 def _default(kind: str, problem: Problem) -> Tile:
@@ -51,7 +50,7 @@ def _default(kind: str, problem: Problem) -> Tile:
         return Tile("tile", 128, columns, math.gcd(problem.width, 64), 8 if columns > 128 else 4, 3)
     columns = _width(problem.depth, 128)
     taps = min(problem.columns.taps, 5, 240 // columns) if columns == problem.depth else 1
-    return Tile("tile", _width(problem.width, 128, 64), columns * taps, 64, 8, 3)
+    return Tile("tile", _width(problem.width, 192, 64), columns * taps, 64, 8, 3)  # wgmma has 64 rows
 
 
 def _shorter(kind: str, tile: Tile, problem: Problem) -> list[Tile]:

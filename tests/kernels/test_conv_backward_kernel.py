@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from alexnet_kernels.kernels import _conv_backward_choice as choice
 from alexnet_kernels.kernels import conv_backward as kernel
-from alexnet_kernels.kernels._conv_geometry import Problem
+from alexnet_kernels.kernels._conv_geometry import Problem, halves
 from alexnet_kernels.kernels._launch import Tile, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,14 +41,14 @@ def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         import triton.language as tl
         from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-        product = interpreter_builder.create_dot
+        dot = interpreter_builder.create_dot
 
         def widened(v: Any) -> Any:
             if v.dtype != tl.bfloat16:
                 return v
             return TensorHandle((v.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-        monkeypatch.setattr(interpreter_builder, "create_dot", lambda a, b, *c: product(widened(a), widened(b), *c))
+        monkeypatch.setattr(interpreter_builder, "create_dot", lambda a, b, *c: dot(widened(a), widened(b), *c))
 
 
 @pytest.fixture(autouse=True)
@@ -386,6 +387,22 @@ def test_the_form_follows_images_and_memory() -> None:
     assert choice.choose("input", odd, True, True, True).form == "rows"  # no step of 16 divides 24 output channels
 
 
+@pytest.mark.parametrize("kind", ["input", "weight"])
+def test_tiles_for_any_channels_fit(kind: str) -> None:
+    """In shared memory, in registers, in whole rows of wgmma; no channels are computed twice over for a wider tile."""
+    for width, depth, taps in product((16, 48, 64, 96, 192, 320), (16, 24, 48, 80, 128, 512), (1, 3, 11)):
+        problem = Problem.of((128, depth, 12, 12), (width, depth, taps, taps), (1, 1), (5, 5), (1, 1), 1, 2)
+        tile = choice.choose(kind, problem, True, True, True)
+        assert tile.form == "tile"
+        assert tile.num_stages * (tile.block_m + tile.block_n) * tile.block_k * 2 < 230_000, (problem, tile)
+        assert tile.block_m * tile.block_n <= 192 * 32 * tile.num_warps, (problem, tile)
+        parts = (halves(tile.block_m), halves(choice.taps_of(problem, tile)[1] if kind == "weight" else tile.block_n))
+        assert all(size == 0 or size & (size - 1) == 0 for pair in parts for size in pair)
+        assert all(size == 0 or size >= 64 for size in parts[0]) and min(parts[1][0], depth) >= 16
+        columns = sum(parts[1])
+        assert -(-depth // columns) * columns <= max(1.25 * (-(-depth // 16) * 16), 32), (problem, tile)
+
+
 def test_tuned_tiles_are_taken() -> None:
     tile = Tile("tile", 64, 64, 32)
     for kind in ("input", "weight"):
@@ -402,11 +419,11 @@ def test_products_issued_are_those_counted(
     shape, weight, g, dx, dw, splits = case
     tiles(dx, dw, splits)
     made = [0]
-    product = interpreter_builder.create_dot
+    dot = interpreter_builder.create_dot
 
     def counted(a: Any, b: Any, *c: Any) -> Any:
         made[0] += a.data.size * b.data.shape[1]
-        return product(a, b, *c)
+        return dot(a, b, *c)
 
     monkeypatch.setattr(interpreter_builder, "create_dot", counted)
     x, w, dy = (laid_out(t.half(), True) for t in drawn(shape, weight, g, True))
@@ -453,8 +470,8 @@ def test_addresses_beyond_int32(
     assert written == mask == elements(*where, range(80, 96))
     assert read == elements(*where, range(96)) and max(read) == x.numel() - 1 > 2**31
 
-    product, _ = kernel.plan_weight(x, x, w, problem, "tf32")
-    touched = addresses(product, product.grid[0] - 1, monkeypatch)
+    shares, _ = kernel.plan_weight(x, x, w, problem, "tf32")
+    touched = addresses(shares, shares.grid[0] - 1, monkeypatch)
     read_y, read_x = (touched[1], touched[3]) if form == "tile" else touched[:2]
     partial = touched[0 if form == "tile" else 2]
     assert read_y == read_x == elements(*where, range(80, 96))
