@@ -71,16 +71,18 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
     using Order = Taps<kElement>;
     static constexpr ElementType kType = kElement;
     static constexpr bool kStem = kWithPool;
-    static constexpr int kChannels = kAllChannels, kParts = kWeightParts;  // channels / kParts have their weights there at once
+    static constexpr int kChannels = kAllChannels, kParts = kWeightParts;  // channels / kParts have weights there at once
     static constexpr int kBytes = E::kBytes, kWords = kVector / E::kPerWord;
     static constexpr int kVectors = kChannels * kBytes / 16;  // of 16 bytes, of a pixel
 
     // tf32 leaves room for one block on a multiprocessor, so that one has eight warps.
-    static constexpr int kWarpsDown = 4, kWarpsAcross = kElement == ElementType::kFloat32 && kParts == 1 && kChannels > 48 ? 2 : 1;
+    static constexpr bool kTf32 = kElement == ElementType::kFloat32;
+    static constexpr int kWarpsDown = 4, kWarpsAcross = kTf32 && kParts == 1 && kChannels > 48 ? 2 : 1;
     static constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarpSize;
     static constexpr int kTiles = kChannels / 8 / kWarpsAcross, kPartTiles = kTiles / kParts;  // of 8 channels, of a warp
     static_assert(kWarpsDown * kWarpPixels >= kTileRows * kTileColumns, "each pixel has its warp");
-    static_assert(kPartTiles % 2 == 0 && kPartTiles * kParts * kWarpsAcross * 8 == kChannels, "B comes for two tiles at once");
+    static_assert(kPartTiles % 2 == 0, "B comes for two tiles at once");
+    static_assert(kPartTiles * kParts * kWarpsAcross * 8 == kChannels, "each channel has its warp");
     static_assert(kParts == 1 || kWarpsAcross == 1, "a part is the same channels for all warps");
 
     // With pooling a tile is 27 windows wide: 55 pixels, the first of which the tile before has too.
@@ -88,7 +90,7 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
 
     // Shared memory: weights, bias, and then the strip and the rows of `a` by turns, beside the one row that stays.
     static constexpr int kLine = kLineLength * kBytes, kLineWords = kLine / 4;
-    static constexpr int kPixel = kChannels * kBytes + 16;    // odd in units of 16: eight neighbours lie in eight bank groups
+    static constexpr int kPixel = kChannels * kBytes + 16;  // odd in units of 16: eight neighbours, eight groups of banks
     static constexpr int kFragment = kWarpSize * 16;          // B of two tiles in one step
     static constexpr int kWeightBytes = kDepth * kChannels / kParts * kBytes;
     static constexpr int kBiasAt = kWeightBytes, kStripAt = kBiasAt + kChannels * 4;
@@ -99,9 +101,10 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
     static constexpr int kFitting = (228 << 10) / (kSharedBytes + 1024);  // blocks on a multiprocessor of sm_90
     static constexpr int kBlocks = kFitting < 1 ? 1 : kFitting > 3 ? 3 : kFitting;
 
-    static_assert(kDepth == Order::kSteps * 8 * E::kPerWord && Order::kSteps == 3 * Order::kTurns + Order::kTail, "whole steps");
+    static_assert(kDepth == Order::kSteps * 8 * E::kPerWord, "whole steps");
+    static_assert(Order::kSteps == 3 * Order::kTurns + Order::kTail, "turns of three steps, and a tail");
     static_assert(Order::kTurnRows * Order::kWords == 24 && Order::kTurns * Order::kTurnRows == kTapRows - 1, "whole turns");
-    static_assert(kElement == ElementType::kFloat32 || kLineWords % 32 == 20, "taps 8 ... 11 and 0 ... 3 in different banks");
+    static_assert(kTf32 || kLineWords % 32 == 20, "taps 8 ... 11 and 0 ... 3 in different banks");
     static_assert(kPixel / 16 % 2 == 1 && kCarryAt % 16 == 0 && kStripAt % 16 == 0, "vectors are aligned");
     static_assert(kParts > 1 || kSharedBytes <= 227 << 10, "a block fits on sm_90");
 
@@ -185,7 +188,8 @@ DEVICE int source_bytes(Conv1Source source) {
     return source == Conv1Source::kFloat32 ? 4 : source == Conv1Source::kUint8 ? 1 : 2;
 }
 
-template <class T> DEVICE void load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
+template <class T>
+DEVICE void load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
     constexpr Conv1Source kFloat32 = Conv1Source::kFloat32, kFloat16 = Conv1Source::kFloat16;
     constexpr Conv1Source kBFloat16 = Conv1Source::kBFloat16, kUint8 = Conv1Source::kUint8;
     const void* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * source_bytes(in.source);
@@ -278,7 +282,8 @@ DEVICE void multiply_tile(float (&sums)[2][T::kTiles][4], const uint8_t* strip, 
 // ---------------------------------------------------------------------------------------------------- the weights
 
 // Word i of the order in which lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
-template <ElementType kType> __global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed, int channels) {
+template <ElementType kType>
+__global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed, int channels) {
     using E = Element<kType>;
     using Order = Taps<kType>;
     const int i = blockIdx.x * 256 + threadIdx.x;

@@ -237,13 +237,13 @@ cases = st.builds(
 )
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(case=cases, seed=st.integers(0, 99))
 def test_convolution_against_fp64(host: ctypes.CDLL, case: Case, seed: int) -> None:
     check(host, case, seed)
 
 
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(
     case=cases,
     height=st.integers(19, 40),
@@ -306,7 +306,7 @@ def test_orders_of_the_threads_give_the_same_bits(
 @pytest.mark.parametrize("special", [NAN, INF, -INF])
 def test_nan_and_infinity_stay_in_their_windows(host: ctypes.CDLL, dtype: torch.dtype, special: float) -> None:
     """The twelfth column that a window's rows are padded to has weight zero, and zero times infinity is NaN."""
-    for column in range(7, 16):  # of both neighbours, of one, and beside a window
+    for column in (7, 11, 12, 15):  # 11 and 15: beside one window, inside the next
         case = Case(15, 27, channels=48, dtype=dtype, relu=False)
         inputs = draw(case)
         inputs.x[0, 1, 3, column] = special
