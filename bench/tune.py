@@ -21,10 +21,7 @@ import json
 import math
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,7 +31,7 @@ from typing import Any
 import torch
 
 from alexnet_kernels._files import write_text
-from alexnet_kernels.kernels import _launch
+from alexnet_kernels.kernels import _compile, _launch
 
 from .tune_cases import FAMILIES, IMAGES, KERNELS, Case
 
@@ -115,7 +112,7 @@ def compile_candidate(candidate: Candidate, arch: int) -> Compiled:
     worst = Compiled(0, 0, 0)
     try:
         for launch in plans(candidate):
-            one = _compile(launch, arch)
+            one = _compile.compile_launch(launch, arch)
             worst = Compiled(*(max(a, b) for a, b in zip(_numbers(worst), _numbers(one), strict=True)))
     except Exception as error:
         cause: BaseException = error
@@ -125,40 +122,8 @@ def compile_candidate(candidate: Candidate, arch: int) -> Compiled:
     return worst
 
 
-def _numbers(compiled: Compiled) -> tuple[int, int, int]:
+def _numbers(compiled: Compiled | _compile.Compiled) -> tuple[int, int, int]:
     return compiled.registers, compiled.spill_bytes, compiled.shared_bytes
-
-
-def _compile(launch: _launch.Launch, arch: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-    names = launch.kernel.arg_names
-    signature, constants = dict.fromkeys(names, "constexpr"), dict(launch.constants)
-    attributes: dict[tuple[int], list[list[object]]] = {}
-    for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if isinstance(value, int) and value == 1:  # Triton makes a constant of it
-            constants[name] = 1
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = types[value.dtype]
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-        else:
-            signature[name] = "fp32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return Compiled(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
 
 
 def compile_all(

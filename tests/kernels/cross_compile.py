@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_kernels.kernels import _compile
+
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,38 +64,6 @@ def compile_shipped(module: str, arch: int, pattern: str = "") -> dict[str, Comp
     return {row["label"]: Compiled(**row) for row in json.loads(done.stdout)}
 
 
-def _signature(launch: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[Any]]]:
-    """Types, constants and divisibilities: what Triton's launcher finds in the arguments of a call."""
-    import torch
-
-    types = {
-        torch.float32: "*fp32",
-        torch.float16: "*fp16",
-        torch.bfloat16: "*bf16",
-        torch.uint8: "*u8",
-        torch.int64: "*i64",
-        torch.int32: "*i32",
-    }
-    names = launch.kernel.arg_names
-    signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(launch.constants), {}
-    for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-            continue
-        if hasattr(value, "block_shape"):
-            signature[name] = f"tensordesc<{types[value.base.dtype][1:]}{list(value.block_shape)}>"
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], divisible = types[value.dtype], True
-        elif isinstance(value, int):
-            signature[name], divisible = ("i32" if value < 2**31 else "i64"), value % 16 == 0
-        else:
-            signature[name], divisible = "fp32", False
-        if divisible:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
 def _longest_loop(instructions: list[tuple[int, str, str]]) -> int:
     """Instructions between the farthest backward branch and its target; 0 without one."""
     longest = 0
@@ -114,61 +84,44 @@ def _wgmma_loops(ttgir: str) -> list[int]:
     ]
 
 
-def _serialized(tools: Path, ptx: str, arch: int) -> int:
+def _serialized(ptx: str, arch: int) -> int:
     """How often ptxas says so; a hint that it only gives when it is asked to be verbose."""
     if "wgmma" not in ptx:
         return 0
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        command = [tools / "ptxas", f"-arch=sm_{arch}a", "-v", source.name, "-o", os.devnull]
+        command = [_compile.TOOLS / "ptxas", f"-arch=sm_{arch}a", "-v", source.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return said.count("serialized")
 
 
-def _compile(label: str, launch: Any, arch: int) -> Compiled:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from alexnet_kernels.kernels._launch import resident
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    signature, constants, attributes = _signature(launch)
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        listing, usage = (
-            subprocess.run([tools / "cuobjdump", what, cubin.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-sass", "-res-usage")
-        )
+def _examine(label: str, launch: Any, arch: int) -> Compiled:
+    made = _compile.compile_launch(launch, arch)
+    listing = _compile.inspect(made.asm["cubin"], "--dump-sass")
     found = [(int(a, 16), opcode, operands) for a, opcode, operands in _INSTRUCTION.findall(listing) if opcode != "NOP"]
-    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
         label,
         launch.name,
-        resources["REG"],
-        resources["STACK"] + resources["LOCAL"],
-        kernel.metadata.shared,
+        made.registers,
+        made.spill_bytes,
+        made.shared_bytes,
         len(found),
         _longest_loop(found),
         launch.elements / (32 * launch.num_warps),
         dict(Counter(opcode for _, opcode, _ in found)),
-        kernel.asm["ptx"],
-        _serialized(tools, kernel.asm["ptx"], arch),
-        len(re.findall(r"ttng\.warp_group_dot [^\n]*: *tensor<", kernel.asm["ttgir"])),
-        _wgmma_loops(kernel.asm["ttgir"]),
-        resident(resources["REG"], kernel.metadata.shared, launch.num_warps),
+        made.asm["ptx"],
+        _serialized(made.asm["ptx"], arch),
+        len(re.findall(r"ttng\.warp_group_dot [^\n]*: *tensor<", made.asm["ttgir"])),
+        _wgmma_loops(made.asm["ttgir"]),
+        made.blocks_per_sm,
     )
 
 
 def main(module: str, arch: str, pattern: str = "") -> None:
     launches = importlib.import_module(module).shipped()
     chosen = {label: launch for label, launch in launches if re.search(pattern, label)}
-    print(json.dumps([asdict(_compile(label, launch, int(arch))) for label, launch in chosen.items()]))
+    print(json.dumps([asdict(_examine(label, launch, int(arch))) for label, launch in chosen.items()]))
 
 
 if __name__ == "__main__":
