@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 
 from . import reference
 from .ops import composite as _composite
+from .ops import conv as _conv
 from .ops import fused as _fused
 from .ops import lrn as _lrn
 from .ops import pool as _pool
@@ -29,6 +29,7 @@ Number = float | Tensor
 Norm = tuple[int, Number, Number, Number]
 Pooling = tuple[Pair, Pair | None, Pair, Pair, bool]
 Convolution = tuple[Pair, Pair | str, Pair, int]
+Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
 def _require_tensor(name: str, value: object) -> None:
@@ -146,14 +147,32 @@ def conv2d_relu(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    *,
+    precision: Precision | None = None,
 ) -> Tensor:
-    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``."""
+    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``.
+
+    Args:
+        precision: of fp32 on a GPU: ``"tf32"``, factors rounded to 10 bits; ``"tf32x3"``, nearly fp32 by three such products;
+            ``"ieee"``, fp32. None: as ``torch.backends.cudnn`` says. Half types and CPUs do not heed it.
+
+    Raises:
+        TypeError: ``input`` or ``weight`` is no tensor.
+        ValueError: unknown ``precision``.
+    """
     if has_torch_function_variadic(input, weight, bias):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments)
+        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments, precision=precision)
     _require_tensor("input", input)
     _require_tensor("weight", weight)
-    return _composite.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    _require_precision(precision)
+    return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
+
+
+def _require_precision(value: str | None) -> None:
+    if value is not None and value not in _conv.PRECISIONS:
+        known = ", ".join(map(repr, _conv.PRECISIONS))
+        raise ValueError(f"precision={value!r} is unknown; use {known}, or None for what torch's flags say")
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -364,11 +383,15 @@ def _explain_spatial(x: Tensor, size: int, *_: float) -> Explanation:
     return _composite.explain("spatial_response_norm")
 
 
-def _explain_conv(x: Tensor, weight: Tensor, *args: Any) -> Explanation:
+def _explain_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, precision: Precision | None, relu: bool = True
+) -> Explanation:
     _require_tensor("input", x)
     _require_tensor("weight", weight)
-    reference.conv2d_relu(*_meta(x, weight, *args))
-    return _composite.explain("conv2d_relu")
+    _require_precision(precision)
+    reference.conv2d_relu(*_meta(x, weight, bias, *args))
+    op = "conv2d_relu" if relu else "conv2d"
+    return _conv.explain(op, x, weight, bias, relu, *args, precision=precision)
 
 
 def _explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanation:
@@ -425,13 +448,13 @@ def _explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
 def _explain_conv_and_rest(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
 ) -> Explanation:
-    first = _explain_conv(x, weight, bias, *conv)
     a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
     rest = _explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
+    by_rest = not rest.parts  # bias and ReLU: of the operation that runs all the rest
+    left = None if by_rest and x.device.type in _fused.BIAS_APART else bias
+    first = _explain_conv(x, weight, left, *conv, precision=None, relu=not by_rest)
     parts = rest.parts or (rest,)
-    return Explanation.of_parts(
-        op, first.why_not | rest.why_not, first if rest.parts else replace(first, op="conv2d"), *parts
-    )
+    return Explanation.of_parts(op, first.why_not | rest.why_not, first, *parts)
 
 
 def _explain_conv_lrn_pool(*args: Any, **options: Any) -> Explanation:

@@ -118,6 +118,45 @@ def conv2d_relu(
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), inplace=True)
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv2d(x, weight) + bias``, then ``max(0, .)`` where ``relu``."""
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    return F.relu(y) if relu else y
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv2d` by x, weight and bias, those that ``mask`` names; the others have no elements.
+
+    ``y`` is the result where a ReLU made it: what it cut off has no gradient; NaN passes.
+    """
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    sizes = (weight.shape[0],)
+    found = torch.ops.aten.convolution_backward(
+        dz, x, weight, sizes, stride, padding, dilation, False, (0, 0), groups, tuple(mask)
+    )
+    dx, dw, db = (grad.new_empty(0) if g is None else g for g in found)
+    return dx, dw, db
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``max(0, x weightᵀ + bias)``; in place, for nobody else holds the sum."""
     return F.relu(F.linear(x, weight, bias), inplace=True)

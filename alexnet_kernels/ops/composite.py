@@ -24,10 +24,6 @@ def plain(op: str, why: str, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def conv2d_relu(*args: Any) -> Any:
-    return plain("conv2d_relu", WHY, reference.conv2d_relu, *args)
-
-
 def linear_relu(*args: Any) -> Any:
     return plain("linear_relu", WHY, reference.linear_relu, *args)
 
