@@ -157,6 +157,39 @@ def conv2d_backward(
     return dx, dw, db
 
 
+def conv2d_second_gradient(
+    by: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`conv2d_backward` by grad, x and weight, for the gradients ``by`` of its three results.
+
+    A convolution is linear in x and in weight, so they are convolutions again; torch's own double backward would do, but not
+    for shapes that are symbols.
+    """
+    by_dx, by_dw, by_db = by
+    geometry = (stride, padding, dilation, False, (0, 0), groups)
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    by_dz, by_x, by_weight = torch.zeros_like(grad), None, None
+    if mask[0]:
+        by_dz = by_dz + torch.convolution(by_dx, weight, None, *geometry)
+        backward = torch.ops.aten.convolution_backward(dz, by_dx, weight, None, *geometry, (False, True, False))
+        by_weight = backward[1]
+    if mask[1]:
+        by_dz = by_dz + torch.convolution(x, by_dw, None, *geometry)
+        by_x = torch.ops.aten.convolution_backward(dz, x, by_dw, None, *geometry, (True, False, False))[0]
+    if mask[2]:
+        by_dz = by_dz + by_db[:, None, None]
+    return by_dz if y is None else by_dz.masked_fill(y <= 0, 0), by_x, by_weight
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``max(0, x weightᵀ + bias)``; in place, for nobody else holds the sum."""
     return F.relu(F.linear(x, weight, bias), inplace=True)

@@ -62,11 +62,10 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, *args: 
     with dispatch.use_backend("reference" if x.numel() == 0 else dispatch.requested()):
         dz, db = ways.epilogue_backward(grad, y, with_db)
         dx, dw = _passes(dense(dz, layout), dense(x, layout), dense(weight), geometry, (with_dx, with_dw))
-    nothing = grad.new_empty(0)
-    return (
-        nothing if dx is None else dense(dx, layout),
-        nothing if dw is None else dense(dw, layout_of(weight)),
-        nothing if db is None else db,
+    return (  # an empty tensor for each that nobody wants: results must not be one another
+        grad.new_empty(0) if dx is None else dense(dx, layout),
+        grad.new_empty(0) if dw is None else dense(dw, layout_of(weight)),
+        grad.new_empty(0) if db is None else db,
     )
 
 
@@ -188,16 +187,9 @@ def _second_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Through the reference, which is differentiable to any order: double backward is rare and need not be fast."""
     with dispatch.use_backend(ctx.backend):
         dispatch.require_reference("the gradient of conv2d_backward", "double backward runs in plain torch")
-    *tensors, y = ctx.saved_tensors
     *geometry, mask, _ = ctx.arguments
-
-    def wanted(values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(value for value, asked in zip(values, mask, strict=True) if asked)
-
-    def first(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return wanted(reference.conv2d_backward(grad, x, weight, y, *geometry, mask))
-
-    return (*torch.func.vjp(first, *tensors)[1](wanted(grads)), *[None] * 7)
+    second = reference.conv2d_second_gradient(grads, *ctx.saved_tensors, *geometry, mask)
+    return (*second, *[None] * 7)
 
 
 register_autograd("alexnet_kernels::conv2d", _gradient, setup_context=_save, lib=LIBRARY)

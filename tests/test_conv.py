@@ -1,0 +1,355 @@
+"""Convolution, bias and ReLU through every seam: values, gradients, layouts, autocast, transforms, compilation, choice, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import alexnet_kernels as ak
+from alexnet_kernels import dispatch, nn, reference
+from alexnet_kernels import functional as F
+from alexnet_kernels.kernels import _launch
+from alexnet_kernels.ops import _choice, _conv_ways, conv, fused
+from alexnet_kernels.ops._choice import Choice, Facts
+from alexnet_kernels.ops.conv import conv2d, conv2d_backward
+
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+ARGS = ((1, 2), (2, 1), (1, 1), 2)  # stride, padding, dilation, groups
+BOTH = list(itertools.product(LAYOUTS, repeat=2))
+
+
+def problem(
+    dtype: torch.dtype = torch.double, layouts=(torch.contiguous_format,) * 2, *, grad: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(3, 4, 6, 7).to(dtype).contiguous(memory_format=layouts[0])
+    w = torch.randn(6, 2, 3, 2).to(dtype).contiguous(memory_format=layouts[1])
+    return tuple(t.requires_grad_(grad) for t in (x, w, torch.randn(6).to(dtype)))  # type: ignore[return-value]
+
+
+def torchs(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, *args: object) -> Tensor:
+    y = TF.conv2d(x, w, b, *args[:4])
+    return y.relu() if relu else y
+
+
+def gradients(y: Tensor, g: Tensor, *inputs: Tensor, **options: bool) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(y, inputs, g, **options)
+
+
+def layout(t: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if t.is_contiguous() else torch.channels_last
+
+
+class StandIn:
+    """Triton's place on a CPU, taken by matrix products in fp64; it refuses what a kernel must never be given, and keeps count."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def _check(self, run: str, *tensors: Tensor, args: tuple) -> tuple:
+        self.calls.append(run)
+        *geometry, _ = args
+        assert all(type(v) is tuple for v in geometry[:3]), "geometry is looked up by tuples"
+        for t in tensors:
+            assert t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last), "not dense"
+        maps = [t for t in tensors if t.shape[0] == tensors[0].shape[0] and t is not tensors[-1]]
+        assert len({layout(t) for t in maps}) == 1, "maps of several layouts"
+        return tuple(geometry)
+
+    @staticmethod
+    def _columns(x: Tensor, w: tuple[int, ...], stride, padding, dilation, groups) -> Tensor:
+        """[N, groups, C/g · KH · KW, pixels]"""
+        return TF.unfold(x.double(), w[2:], dilation, padding, stride).unflatten(1, (groups, -1))
+
+    def forward(self, x, w, b, relu, *args) -> Tensor:
+        geometry = self._check("forward", x, w, args=args)
+        columns = self._columns(x, w.shape, *geometry)
+        y = torch.einsum("gok,ngkp->ngop", w.double().flatten(1).unflatten(0, (geometry[3], -1)), columns)
+        sides = conv._fake(x.to("meta"), w.to("meta"), None, relu, *args).shape[2:]
+        y = y.flatten(1, 2).unflatten(2, sides)
+        y = y if b is None else y + b.double()[:, None, None]
+        return (y.clamp_min(0) if relu else y).to(x.dtype).contiguous(memory_format=layout(x))
+
+    def dgrad(self, dz, x, w, *args) -> Tensor:
+        stride, padding, dilation, groups = self._check("dgrad", dz, x, w, args=args)
+        g = dz.double().flatten(2).unflatten(1, (groups, -1))
+        columns = torch.einsum("gok,ngop->ngkp", w.double().flatten(1).unflatten(0, (groups, -1)), g)
+        dx = TF.fold(columns.flatten(1, 2), x.shape[2:], w.shape[2:], dilation, padding, stride)
+        return dx.to(x.dtype).contiguous(memory_format=layout(x))
+
+    def wgrad(self, dz, x, w, *args) -> Tensor:
+        geometry = self._check("wgrad", dz, x, w, args=args)
+        g = dz.double().flatten(2).unflatten(1, (geometry[3], -1))
+        dw = torch.einsum("ngop,ngkp->gok", g, self._columns(x, w.shape, *geometry))
+        return dw.flatten(0, 1).reshape(w.shape).to(w.dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """The stand-in as the backend "triton", asked for by name."""
+    stand_in = StandIn()
+    for op, run in (("conv2d", stand_in.forward), ("conv2d_dgrad", stand_in.dgrad), ("conv2d_wgrad", stand_in.wgrad)):
+        rows = [dispatch.Implementation("triton", dispatch.never, run), *dispatch._table[op][1:]]
+        monkeypatch.setitem(dispatch._table, op, rows)
+    monkeypatch.setattr(conv, "_some_kernel", _always)
+    with ak.use_backend("triton"):
+        yield stand_in
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> bool:
+    return dispatch.requested() == "triton"
+
+
+_always._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_reference_is_torchs_gradient(relu: bool) -> None:
+    x, w, b = problem()
+    y = reference.conv2d(x, w, b, relu, *ARGS)
+    g = torch.randn_like(y)
+    expected = gradients(torchs(x, w, b, relu, *ARGS), g, x, w, b)
+    for mask in itertools.product([False, True], repeat=3):
+        found = reference.conv2d_backward(g, x, w, y if relu else None, *ARGS, mask)
+        for got, want, asked in zip(found, expected, mask, strict=True):
+            assert got.shape == (want.shape if asked else (0,))
+            assert not asked or torch.allclose(got, want)
+
+
+def test_nan_passes_the_mask_and_a_zero_does_not() -> None:
+    x, w, b = problem(torch.double)
+    y = torch.relu(torchs(x, w, b, False, *ARGS)).detach()
+    y[0, 0, 0, 0], y[0, 0, 0, 1], y[0, 0, 0, 2] = float("nan"), 0.0, 1e-300
+    g = torch.ones_like(y)
+    dz, db = _conv_ways.epilogue_backward(g, y, True)
+    assert dz[0, 0, 0, :3].tolist() == [1.0, 0.0, 1.0]
+    assert torch.equal(db, dz.sum((0, 2, 3)))
+
+
+# --------------------------------------------------------------------------------------------------------- the operation
+
+
+@pytest.mark.parametrize(("layouts", "relu"), list(itertools.product(BOTH, [False, True])))
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16])
+def test_the_operation_is_torchs(layouts, relu: bool, dtype: torch.dtype) -> None:
+    """Values, gradients and memory formats; in half types the result may be rounded once less than torch's."""
+    x, w, b = problem(dtype, layouts)
+    y, expected = conv2d(x, w, b, relu, *ARGS), torchs(x, w, b, relu, *ARGS)
+    g = torch.randn_like(expected)
+    found, wanted = gradients(y, g, x, w, b), gradients(expected, g, x, w, b)
+    for got, want in zip((y, *found), (expected, *wanted), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, want)
+    assert layout(y) == layout(expected)
+    assert layout(found[0]) == layout(wanted[0])
+    assert layout(found[1]) == layouts[1], "the weight's gradient is added to it without a copy"
+
+
+@pytest.mark.parametrize("layouts", BOTH)
+def test_opcheck(layouts) -> None:
+    x, w, b = problem(torch.double, layouts)
+    torch.library.opcheck(conv2d, (x, w, b, True, *ARGS))
+    torch.library.opcheck(conv2d, (x, w, None, False, *ARGS, "tf32"))
+    y = conv2d(x, w, b, True, *ARGS).detach()
+    for mask in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(conv2d_backward, (torch.randn_like(y).requires_grad_(), x, w, y, *ARGS, mask))
+    grad = torch.randn_like(y).requires_grad_()
+    torch.library.opcheck(conv2d_backward, (grad, x, w, None, *ARGS, (True, False, True), "ieee"))
+
+
+def test_opcheck_of_views() -> None:
+    x, w, b = problem(grad=False)
+    wide = torch.randn(3, 9, 8, 9, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(conv2d, (wide[:, 2:6, 1:7, 2:].requires_grad_(), w, b, True, *ARGS))
+    torch.library.opcheck(conv2d, (x[:1].expand(3, 4, 6, 7), w.flip(0)[::1], b, True, *ARGS))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,), (1, 2)])
+def test_gradcheck_and_gradgradcheck(relu: bool, which: tuple[int, ...]) -> None:
+    inputs = [t[:1] if i == 0 else t for i, t in enumerate(problem(grad=False))]
+
+    def call(*chosen: Tensor) -> Tensor:
+        given = list(inputs)
+        for i, t in zip(which, chosen, strict=True):
+            given[i] = t
+        return conv2d(*given, relu, *ARGS)
+
+    chosen = tuple(inputs[i].clone().requires_grad_() for i in which)
+    assert torch.autograd.gradcheck(call, chosen)
+    assert torch.autograd.gradgradcheck(call, chosen, fast_mode=True)
+
+
+def test_third_gradients() -> None:
+    x, w, b = (t[:1] if t.dim() == 4 and t.shape[0] == 3 else t for t in problem(grad=False))
+    x = x.requires_grad_()
+
+    def third(call: Callable[..., Tensor]) -> Tensor:
+        value = call(x.sin(), w, b, True, *ARGS).pow(4).sum()
+        for _ in range(2):
+            (g,) = torch.autograd.grad(value, x, create_graph=True)
+            value = g.pow(2).sum()
+        return torch.autograd.grad(value, x)[0]
+
+    torch.testing.assert_close(third(conv2d), third(torchs))
+
+
+def test_empty_batch() -> None:
+    for memory_format in LAYOUTS:
+        x = torch.zeros(0, 4, 6, 7).contiguous(memory_format=memory_format).requires_grad_()
+        _, w, b = problem(torch.float32)
+        y = conv2d(x, w, b, True, *ARGS)
+        assert y.shape == torchs(x, w, b, True, *ARGS).shape
+        found = gradients(y, torch.zeros_like(y), x, w, b)
+        assert found[0].shape == x.shape and not found[1].any() and not found[2].any()
+
+
+# ------------------------------------------------------------------------------------------ the way past the dispatcher
+
+
+@pytest.mark.parametrize(("layouts", "relu"), list(itertools.product(BOTH, [False, True])))
+def test_kernels_are_called_with_dense_tensors_of_one_layout(kernels: StandIn, layouts, relu: bool) -> None:
+    x, w, b = problem(torch.double, layouts)
+    direct = conv.apply("conv2d", x, w, b, relu, *ARGS)
+    through = conv2d(x, w, b, relu, *ARGS)
+    expected = torchs(x, w, b, relu, *ARGS)
+    g = torch.randn_like(expected)
+    wanted = gradients(expected, g, x, w, b)
+    for y in (direct, through):
+        found = gradients(y, g, x, w, b)
+        for got, want in zip((y, *found), (expected, *wanted), strict=True):
+            torch.testing.assert_close(got, want)
+        assert (layout(y), layout(found[0]), layout(found[1])) == (layout(expected), layout(wanted[0]), layouts[1])
+    assert kernels.calls == ["forward"] * 2 + ["dgrad", "wgrad"] * 2
+
+
+@pytest.mark.parametrize("which", [s for n in (1, 2) for s in itertools.combinations(range(3), n)])
+def test_only_the_passes_that_are_asked_for_run(kernels: StandIn, which: tuple[int, ...]) -> None:
+    inputs = problem(grad=False)
+    for i in which:
+        inputs[i].requires_grad_()
+    y = F.conv2d_relu(*inputs, *ARGS)
+    y.sum().backward()
+    runs = {0: ["dgrad"], 1: ["wgrad"], 2: []}
+    assert kernels.calls == ["forward", *(run for i in which for run in runs[i])]
+    assert [t.grad is not None for t in inputs] == [i in which for i in range(3)]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_is_kept_for_backward(kernels: StandIn, relu: bool) -> None:
+    """Input, weight and result, themselves: no copy, no mask."""
+    x, w, b = problem()
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = conv.apply("conv2d", x, w, b, relu, *ARGS)
+    assert kept == [x.data_ptr(), w.data_ptr(), *[y.data_ptr()] * relu]
+
+
+def test_a_result_may_be_overwritten_where_no_relu_needs_it(kernels: StandIn) -> None:
+    """As the operation that takes bias and ReLU over does."""
+    x, w, b = problem()
+    a, left = fused.convolve(x, w, None, *ARGS)
+    assert left is None
+    y = fused.activate(a, b)
+    g = torch.randn_like(y)
+    for got, want in zip(gradients(y, g, x, w, b), gradients(torchs(x, w, b, True, *ARGS), g, x, w, b), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_double_backward_is_plain_torch_and_says_so(kernels: StandIn) -> None:
+    x, w, b = problem()
+    y = F.conv2d_relu(x, w, b, *ARGS)
+    (dx,) = gradients(y, torch.ones_like(y), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of conv2d_backward: double backward runs in plain torch"):
+        dx.sum().backward()
+
+
+def test_double_backward_of_the_direct_way(kernels: StandIn) -> None:
+    rows = {op: dispatch._table[op] for op in ("conv2d", "conv2d_dgrad", "conv2d_wgrad")}
+    assert all(r[0].backend == "triton" for r in rows.values())
+    x, w, b = problem()
+    with ak.use_backend("auto"):  # the stand-in comes first there too; only the call on a CPU's quick way does not ask
+        y = conv._on_kernel(x, w, b, True, (*ARGS, None))
+        assert kernels.calls == ["forward"]
+        (dx,) = gradients(y, torch.ones_like(y), x, create_graph=True)
+        (second,) = torch.autograd.grad(dx.square().sum(), w)
+    expected = torchs(x, w, b, True, *ARGS)
+    (want,) = gradients(expected, torch.ones_like(y), x, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(want.square().sum(), w)[0])
+
+
+def test_a_backward_in_another_thread_runs_where_its_forward_did(kernels: StandIn) -> None:
+    x, w, b = problem()
+    y = F.conv2d_relu(x, w, b, *ARGS)
+    thread = threading.Thread(target=lambda: y.sum().backward())
+    with ak.use_backend("reference"):
+        thread.start()
+        thread.join()
+    assert kernels.calls == ["forward", "dgrad", "wgrad"]
+
+
+def test_a_call_that_nobody_forced_is_torchs_on_a_cpu() -> None:
+    x, w, b = problem()
+    with dispatch.recording() as used:
+        y = F.conv2d_relu(x, w, b, *ARGS)
+    assert used == {"reference"}
+    assert type(y.grad_fn).__name__ == "ReluBackward0"
+    assert ak.explain(F.conv2d_relu, x, w, b, *ARGS).backend == "reference"
+
+
+# ------------------------------------------------------------------------------------------------------------ odd strides
+
+
+def _nan_in_the_gap(shape: tuple[int, ...], memory_format: torch.memory_format, gap: str) -> Tensor:
+    """A view of ordinary numbers; the elements between its rows, channels or images are NaN."""
+    n, c, h, w = shape
+    more = {"rows and columns": (n, c, h + 1, w + 1), "channels": (n, c + 8, h, w), "images": (2 * n, c, h, w)}[gap]
+    whole = torch.full(more, float("nan"), dtype=torch.double).contiguous(memory_format=memory_format)
+    view = {
+        "rows and columns": whole[:, :, :h, :w],
+        "channels": whole[:, :c],
+        "images": whole[::2],
+    }[gap]
+    return view.copy_(torch.randn(shape))
+
+
+@pytest.mark.parametrize("gap", ["rows and columns", "channels", "images"])
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_inferred_from_strides(kernels: StandIn, memory_format, gap: str, compiled: bool) -> None:
+    """A slice may have shape and strides of a padded buffer, and anything at all where its zeros would be."""
+    x = _nan_in_the_gap((3, 4, 6, 7), memory_format, gap).requires_grad_()
+    w = _nan_in_the_gap((6, 2, 3, 2), memory_format, gap).requires_grad_()
+    b = torch.randn(12, dtype=torch.double)[::2].requires_grad_()
+    call = lambda x, w, b: F.conv2d_relu(x, w, b, *ARGS)  # noqa: E731
+    y = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(x, w, b)
+    expected = torchs(x, w, b, True, *ARGS)
+    g = _nan_in_the_gap(tuple(y.shape), memory_format, gap)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, g, x, w, b), gradients(expected, g, x, w, b))
+    assert "forward" in kernels.calls and "wgrad" in kernels.calls
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6, 7), (3, 1, 6, 7), (3, 4, 1, 7), (3, 4, 6, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("memory_format", LAYOUTS)
+def test_sides_of_one(kernels: StandIn, shape: tuple[int, ...], memory_format) -> None:
+    """Their strides mean nothing, and a tensor can be in both layouts at once."""
+    x = torch.randn(shape, dtype=torch.double).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.randn(2, shape[1], 1, 1, dtype=torch.double).requires_grad_()
+    y, expected = F.conv2d_relu(x, w, padding=1), TF.conv2d(x, w, padding=1).relu()
+    torch.testing.assert_close(y, expected)
+    g = torch.randn_like(y)
+    torch.testing.assert_close(gradients(y, g, x, w), gradients(expected, g, x, w))
+    torch.library.opcheck(conv2d, (x, w, None, True, (1, 1), (1, 1), (1, 1), 1))
