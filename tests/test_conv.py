@@ -163,10 +163,15 @@ def test_opcheck(layouts) -> None:
     torch.library.opcheck(conv2d, (x, w, b, True, *ARGS))
     torch.library.opcheck(conv2d, (x, w, None, False, *ARGS, "tf32"))
     y = conv2d(x, w, b, True, *ARGS).detach()
-    for mask in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(conv2d_backward, (torch.randn_like(y).requires_grad_(), x, w, y, *ARGS, mask))
     grad = torch.randn_like(y).requires_grad_()
-    torch.library.opcheck(conv2d_backward, (grad, x, w, None, *ARGS, (True, False, True), "ieee"))
+    torch.library.opcheck(conv2d_backward, (grad, x, w, y, *ARGS, (True, True, True)))
+
+
+def test_opcheck_of_parts() -> None:
+    x, w, b = problem(grad=False)
+    y = conv2d(x, w, b, True, *ARGS)
+    torch.library.opcheck(conv2d_backward, (y, x, w, y, *ARGS, (False, True, False)))
+    torch.library.opcheck(conv2d_backward, (y, x, w, None, *ARGS, (True, False, True), "ieee"))
 
 
 def test_opcheck_of_views() -> None:
@@ -179,7 +184,7 @@ def test_opcheck_of_views() -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,), (1, 2)])
 def test_gradcheck_and_gradgradcheck(relu: bool, which: tuple[int, ...]) -> None:
-    inputs = [t[:1] if i == 0 else t for i, t in enumerate(problem(grad=False))]
+    inputs = [torch.randn(shape, dtype=torch.double) for shape in ((1, 2, 3, 4), (4, 1, 2, 2), (4,))]
 
     def call(*chosen: Tensor) -> Tensor:
         given = list(inputs)
@@ -188,7 +193,7 @@ def test_gradcheck_and_gradgradcheck(relu: bool, which: tuple[int, ...]) -> None
         return conv2d(*given, relu, *ARGS)
 
     chosen = tuple(inputs[i].clone().requires_grad_() for i in which)
-    assert torch.autograd.gradcheck(call, chosen)
+    assert torch.autograd.gradcheck(call, chosen, fast_mode=relu)
     assert torch.autograd.gradgradcheck(call, chosen, fast_mode=True)
 
 
@@ -328,6 +333,7 @@ def _nan_in_the_gap(shape: tuple[int, ...], memory_format: torch.memory_format, 
 @pytest.mark.parametrize("gap", ["rows and columns", "channels", "images"])
 @pytest.mark.parametrize("memory_format", LAYOUTS)
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("compiler")
 def test_nothing_is_inferred_from_strides(kernels: StandIn, memory_format, gap: str, compiled: bool) -> None:
     """A slice may have shape and strides of a padded buffer, and anything at all where its zeros would be."""
     x = _nan_in_the_gap((3, 4, 6, 7), memory_format, gap).requires_grad_()
@@ -353,3 +359,273 @@ def test_sides_of_one(kernels: StandIn, shape: tuple[int, ...], memory_format) -
     g = torch.randn_like(y)
     torch.testing.assert_close(gradients(y, g, x, w), gradients(expected, g, x, w))
     torch.library.opcheck(conv2d, (x, w, None, True, (1, 1), (1, 1), (1, 1), 1))
+
+
+# ---------------------------------------------------------------------------------------------------- compiled, autocast
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Forgets what it compiled: one function compiled for many cases is soon one too many."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def graph_of(call: Callable[..., Tensor], *inputs: Tensor, dynamic: bool = False) -> tuple[list[str], Tensor]:
+    """The operations that ``torch.compile`` finds in a call, and its result."""
+    seen: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        seen.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    return seen, torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)(*inputs)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_holds_plain_torch_where_no_kernel_can_run(dynamic: bool) -> None:
+    x, w, b = problem(torch.float32)
+    names, y = graph_of(lambda *t: F.conv2d_relu(*t, *ARGS), x, w, b, dynamic=dynamic)
+    assert any("conv2d" in name for name in names) and not any("alexnet" in name for name in names)
+    torch.testing.assert_close(y, torchs(x, w, b, True, *ARGS))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("memory_format", "dynamic"), list(itertools.product(LAYOUTS, [False, True])))
+def test_a_graph_holds_the_operation_where_one_can(kernels: StandIn, memory_format, dynamic: bool) -> None:
+    call = lambda x, w, b: F.conv2d_relu(x * 2, w, b, *ARGS) + 1  # noqa: E731
+    x, w, b = problem(torch.double, (memory_format, memory_format))
+    names, _ = graph_of(call, x, w, b, dynamic=dynamic)
+    assert "alexnet_kernels.conv2d.default" in names
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (3, 2):
+        y, expected = compiled(x[:n], w, b), torchs(x[:n] * 2, w, b, True, *ARGS) + 1
+        g = torch.randn_like(expected)
+        torch.testing.assert_close(y, expected)
+        assert y.stride() == expected.stride()
+        torch.testing.assert_close(gradients(y, g, x, w, b), gradients(expected, g, x, w, b))
+    assert {"forward", "dgrad", "wgrad"} == set(kernels.calls)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+def test_compiled_by_inductor(kernels: StandIn) -> None:
+    """Which plans memory and strides for itself: the operation's shape function is taken at its word."""
+    call = lambda x, w, b: F.conv2d_relu(x * 2, w, b, *ARGS).sin()  # noqa: E731
+    x, w, b = problem(torch.double, (torch.channels_last, torch.contiguous_format))
+    y, expected = torch.compile(call, fullgraph=True)(x, w, b), torchs(x * 2, w, b, True, *ARGS).sin()
+    g = torch.randn_like(expected)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients(y, g, x, w, b), gradients(expected, g, x, w, b))
+
+
+@pytest.mark.parametrize("way", ["direct", "operation", "compiled"])
+def test_autocast_casts_as_torch_does(kernels: StandIn, way: str) -> None:
+    call = {
+        "direct": lambda x, w, b: F.conv2d_relu(x, w, b, *ARGS),
+        "operation": lambda x, w, b: conv2d(x, w, b, True, *ARGS),
+        "compiled": torch.compile(lambda x, w, b: F.conv2d_relu(x, w, b, *ARGS), fullgraph=True, backend="aot_eager"),
+    }[way]
+    x, w, b = problem(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = call(x, w, b), torchs(x, w, b, True, *ARGS)
+        assert y.dtype == expected.dtype == torch.bfloat16
+        assert call(*(t.detach().double() for t in (x, w, b))).dtype == torch.double
+    torch.testing.assert_close(y, expected)
+    with ak.use_backend("reference"):  # the kernel around a convolution is another part's; its mask is compared elsewhere
+        grad = torch.ones_like(y)
+        found = conv2d_backward(
+            grad, x.detach().bfloat16(), w.detach().bfloat16(), y.detach(), *ARGS, (True, True, True)
+        )
+    for got, want in zip(found, gradients(expected, grad, x, w, b), strict=True):
+        torch.testing.assert_close(got.float(), want, rtol=2**-6, atol=2**-6)
+
+
+def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 6, 7, device="cuda").contiguous(memory_format=torch.channels_last).requires_grad_()
+        w = torch.empty(6, 2, 3, 2, device="cuda", requires_grad=True)
+        y = F.conv2d_relu(x, w, None, *ARGS)
+        dx, dw, db = conv2d_backward(y.detach(), x, w, y, *ARGS, (True, True, False))  # autograd itself wants the device
+    assert y.device.type == "cuda" and layout(y) == torch.channels_last
+    assert y.shape == F.conv2d_relu(torch.empty(3, 4, 6, 7), torch.empty(6, 2, 3, 2), None, *ARGS).shape
+    assert (dx.shape, dw.shape, db.shape) == (x.shape, w.shape, (0,))
+    assert (layout(dx), layout(dw)) == (torch.channels_last, torch.contiguous_format)
+
+
+def test_meta_tensors() -> None:
+    x, w, b = (t.detach().to("meta").requires_grad_() for t in problem(torch.float32))
+    y = conv2d(x, w, b, True, *ARGS)
+    y.sum().backward()
+    assert y.is_meta and y.shape == F.conv2d_relu(x, w, b, *ARGS).shape and w.grad.shape == w.shape
+
+
+# --------------------------------------------------------------------------------------------- arguments, as torch's are
+
+
+def test_function_transforms_are_plain_torch(kernels: StandIn) -> None:
+    x, w, b = problem(grad=False)
+    for transform in (
+        lambda f: torch.vmap(f)(x[None]),
+        lambda f: torch.func.jvp(f, (x,), (x.cos(),)),
+        lambda f: torch.func.grad(lambda t: f(t).sum())(x),
+    ):
+        with pytest.raises(RuntimeError, match="'triton' cannot run conv2d_relu: a function transform"):
+            transform(lambda t: F.conv2d_relu(t, w, b, *ARGS))
+        with ak.use_backend("auto"):
+            got = transform(lambda t: F.conv2d_relu(t, w, b, *ARGS))
+        torch.testing.assert_close(got, transform(lambda t: torchs(t, w, b, True, *ARGS)))
+    assert kernels.calls == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "same"},
+        {"padding": "valid"},
+        {"padding": "same", "dilation": 2},
+        {"padding": [1, 0], "stride": [2]},
+        {"stride": (1,), "padding": 1, "groups": 2},
+    ],
+    ids=str,
+)
+def test_every_way_to_write_a_geometry(kernels: StandIn, options: dict) -> None:
+    x, w = torch.randn(2, 4, 8, 9, dtype=torch.double), torch.randn(6, 4, 3, 3, dtype=torch.double)
+    w = w[:, : 4 // options.get("groups", 1)]
+    torch.testing.assert_close(F.conv2d_relu(x, w, **options), TF.conv2d(x, w, **options).relu())
+    torch.testing.assert_close(F.conv2d_relu(x[0], w, **options), TF.conv2d(x[0], w, **options).relu())
+    assert kernels.calls == ["forward"] * 2
+
+
+def test_same_padding_of_an_even_kernel_is_torchs(kernels: StandIn) -> None:
+    """One zero more behind than before, which no pair of numbers says."""
+    x, w = torch.randn(2, 4, 8, 9, dtype=torch.double), torch.randn(6, 4, 2, 3, dtype=torch.double)
+    with pytest.raises(RuntimeError, match="'triton' cannot run conv2d_relu: torch's own convolution runs for, or refuses"):
+        F.conv2d_relu(x, w, padding="same")
+    with ak.use_backend("auto"), pytest.warns(UserWarning, match="padding='same'"):
+        assert torch.equal(F.conv2d_relu(x, w, padding="same"), TF.conv2d(x, w, padding="same").relu())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(0, 5)] * 4),
+    weight=st.tuples(*[st.integers(0, 4)] * 4),
+    numbers=st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(-1, 3))] * 3),
+    groups=st.integers(-1, 3),
+)
+def test_a_geometry_is_numbers_exactly_where_torch_takes_it(shape, weight, numbers, groups) -> None:
+    """What a kernel is given, torch would not have refused, and its result has the shape that the operation says."""
+    found = conv._geometry(shape, weight, *numbers, groups)
+    x, w = torch.empty(shape, device="meta"), torch.empty(weight, device="meta")
+    if found is not None:
+        assert conv._fake(x, w, None, True, *found).shape == TF.conv2d(x, w, None, *numbers, groups).shape
+        return
+    if all(shape) and all(weight):
+        with pytest.raises((RuntimeError, ValueError)):
+            TF.conv2d(torch.empty(shape), torch.empty(weight), None, *numbers, groups)
+
+
+WRONG: list[Callable[[Callable], object]] = [
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 3, 3, 3)),
+    lambda f: f(torch.ones(1, 4, 2, 2), torch.ones(2, 4, 3, 3)),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), torch.ones(3)),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3).double()),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, 0),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, 1, -1),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, 2, "same"),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, 1, "around"),
+    lambda f: f(torch.ones(4, 5), torch.ones(2, 4, 3, 3)),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, 1, 0, 1, 0),
+    lambda f: f(torch.ones(1, 4, 5, 5), torch.ones(2, 4, 3, 3), None, "1"),
+]
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_errors_are_torchs_with_and_without_a_kernel(kernels: StandIn, call: Callable) -> None:
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as theirs:
+        call(TF.conv2d)
+    with ak.use_backend("auto"), pytest.raises(theirs.type) as ours:
+        call(F.conv2d_relu)
+    assert str(ours.value)[:60] == str(theirs.value)[:60]  # behind that, the parser of arguments lists all it was given
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        call(F.conv2d_relu)
+    assert kernels.calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.double, torch.int32])
+def test_dtypes_that_no_kernel_takes(dtype: torch.dtype) -> None:
+    x, w = torch.ones(1, 2, 4, 4, dtype=dtype), torch.ones(3, 2, 2, 2, dtype=dtype)
+    if dtype == torch.complex64:
+        with pytest.raises(RuntimeError):
+            F.conv2d_relu(x, w)  # torch's ReLU refuses what its convolution made
+    else:
+        assert torch.equal(F.conv2d_relu(x, w), TF.conv2d(x, w).relu())
+    with ak.use_backend("triton"), pytest.raises(RuntimeError, match=f"'triton' cannot run conv2d.*{dtype}"):
+        F.conv2d_relu(x, w)
+
+
+# -------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    conv_flag = torch.backends.cudnn.conv
+    before = conv_flag.fp32_precision
+    yield
+    torch.backends.cudnn.allow_tf32 = before == "tf32"
+    assert conv_flag.fp32_precision == before
+
+
+@pytest.mark.usefixtures("flags")
+def test_precision_is_what_torchs_flags_say() -> None:
+    for allowed in (False, True):
+        torch.backends.cudnn.allow_tf32 = allowed
+        assert _conv_ways.torchs_precision() == ("tf32" if allowed else "ieee")
+    for precision in ("ieee", "tf32"):  # the newer flags: reading the older one now raises
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert _conv_ways.torchs_precision() == precision
+
+
+@pytest.mark.usefixtures("flags")
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+@pytest.mark.parametrize("wanted", [None, *_conv_ways.PRECISIONS])
+def test_flags_are_put_back(before: str, wanted) -> None:
+    torch.backends.cudnn.conv.fp32_precision = before
+    expected = before if wanted is None else "tf32" if wanted == "tf32" else "ieee"
+    with pytest.raises(ZeroDivisionError), _conv_ways._flags_for(torch.ones(1), wanted):
+        assert _conv_ways.torchs_precision() == expected
+        _ = 1 / 0
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    with _conv_ways._flags_for(torch.ones(1).half(), wanted):
+        assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_precision_reaches_every_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    for op, run in (("conv2d", reference.conv2d), ("conv2d_dgrad", None), ("conv2d_wgrad", None)):
+        implementation = dispatch._table[op][-1].run
+
+        def spy(*args: object, implementation=implementation) -> Tensor:
+            seen.append(args[-1])
+            return implementation(*args)
+
+        monkeypatch.setitem(dispatch._table, op, [dispatch.Implementation("triton", dispatch.never, spy)])
+        del run
+    x, w, b = problem()
+    with ak.use_backend("triton"):
+        F.conv2d_relu(x, w, b, *ARGS, precision="tf32x3").sum().backward()
+        conv2d(x, w, b, True, *ARGS, "ieee").sum().backward()
+        conv2d(x, w, b, True, *ARGS).sum().backward()
+    assert seen == ["tf32x3"] * 3 + ["ieee"] * 3 + [None] * 3
+
+
+def test_an_unknown_precision() -> None:
+    x, w, _ = problem()
+    for call in (F.conv2d_relu, lambda *a, **k: ak.explain("conv2d_relu", *a, **k)):
+        with pytest.raises(ValueError, match="precision='fp8' is unknown; use 'ieee', 'tf32', 'tf32x3', or None"):
+            call(x, w, groups=2, precision="fp8")
+    assert torch.equal(F.conv2d_relu(x, w, groups=2, precision="tf32"), TF.conv2d(x, w, groups=2).relu())
