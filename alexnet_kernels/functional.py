@@ -9,67 +9,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
-from torch import SymInt, Tensor, empty_like
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import reference
+from . import _explain, reference
+from ._arguments import (
+    AlphaMode,
+    Convolution,
+    Norm,
+    Number,
+    Pair,
+    Pooling,
+    Precision,
+    are_numbers,
+    lrn_scale,
+    require_maps,
+    require_precision,
+    require_tensor,
+)
+from ._explain import WHY_LEARNED
 from .ops import composite as _composite
 from .ops import conv as _conv
 from .ops import fused as _fused
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops._library import Explanation
-
-AlphaMode = Literal["mean", "sum"]
-Pair = int | tuple[int, int]
-Number = float | Tensor
-Norm = tuple[int, Number, Number, Number]
-Pooling = tuple[Pair, Pair | None, Pair, Pair, bool]
-Convolution = tuple[Pair, Pair | str, Pair, int]
-Precision = Literal["ieee", "tf32", "tf32x3"]
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _require_integer(name: str, value: object) -> None:
-    if type(value) is not int and not isinstance(value, (Integral, SymInt)):
-        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}; convert with int({name})")
-
-
-def _lrn_scale(x: Tensor, size: int, alpha: Number, groups: int, alpha_mode: str) -> Number:
-    """Check the arguments of a response normalisation; the factor of the plain sum of squares."""
-    _require_tensor("input", x)
-    if x.dim() < 3:
-        raise ValueError(
-            f"input has {x.dim()} dimensions, shape {tuple(x.shape)}: response normalisation runs over dim 1 of "
-            "[N, C, ...] with 3 or more (Expected 3D or higher dimensionality); add the missing ones with unsqueeze"
-        )
-    if x.is_complex():
-        raise TypeError(
-            f"input is {x.dtype}: response normalisation is defined on real numbers; pass input.abs() or real and imag"
-        )
-    _require_integer("size", size)
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1 (the number of neighbouring channels; the paper's is 5)")
-    if groups != 1 and (groups < 1 or x.shape[1] % groups):
-        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of input {tuple(x.shape)}")
-    if alpha_mode == "mean":
-        return alpha / size
-    if alpha_mode == "sum":
-        return alpha
-    raise ValueError(
-        f"alpha_mode={alpha_mode!r} is unknown: 'mean' divides alpha by size (torch, Caffe), 'sum' does not (paper)"
-    )
-
-
-_WHY_LEARNED = "alpha, beta or k is a tensor; kernels take numbers, only plain torch differentiates by them"
-_WHY_EMPTY = "an empty input is returned as it is"
 
 
 def local_response_norm(
@@ -104,24 +70,12 @@ def local_response_norm(
     if has_torch_function_unary(input):
         options = {"groups": groups, "alpha_mode": alpha_mode}
         return handle_torch_function(local_response_norm, (input,), input, size, alpha, beta, k, **options)
-    scale = _lrn_scale(input, size, alpha, groups, alpha_mode)
+    scale = lrn_scale(input, size, alpha, groups, alpha_mode)
     if input.numel() == 0:
         return input
     if isinstance(scale, Tensor) or isinstance(beta, Tensor) or isinstance(k, Tensor):
-        return _composite.plain("lrn", _WHY_LEARNED, reference.lrn, input, size, scale, beta, k, groups)
+        return _composite.plain("lrn", WHY_LEARNED, reference.lrn, input, size, scale, beta, k, groups)
     return _lrn.apply(input, size, scale, beta, k, groups)
-
-
-def _require_maps(x: Tensor, size: int) -> None:
-    _require_tensor("input", x)
-    if not x.is_floating_point():
-        raise TypeError(
-            f"input is {x.dtype}: spatial normalisation needs a floating-point tensor; convert with .float()"
-        )
-    if x.dim() not in (3, 4):
-        raise ValueError(f"input has {x.dim()} dimensions, shape {tuple(x.shape)}: [N, C, H, W] or [C, H, W] is needed")
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size={size} must be odd and at least 1, so that the window has a centre")
 
 
 def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> Tensor:
@@ -135,7 +89,7 @@ def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: f
     """
     if has_torch_function_unary(input):
         return handle_torch_function(spatial_response_norm, (input,), input, size, alpha, beta, k)
-    _require_maps(input, size)
+    require_maps(input, size)
     return _composite.spatial_response_norm(input, size, alpha, beta, k)
 
 
@@ -153,8 +107,8 @@ def conv2d_relu(
     """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``.
 
     Args:
-        precision: of fp32 on a GPU: ``"tf32"``, factors rounded to 10 bits; ``"tf32x3"``, nearly fp32 by three such products;
-            ``"ieee"``, fp32. None: as ``torch.backends.cudnn`` says. Half types and CPUs do not heed it.
+        precision: of fp32 on a GPU, the backward's too: ``"tf32"``, factors rounded to 10 bits; ``"tf32x3"``, nearly fp32 by
+            three such products; ``"ieee"``, fp32. None: as ``torch.backends.cudnn`` says. Half types and CPUs do not heed it.
 
     Raises:
         TypeError: ``input`` or ``weight`` is no tensor.
@@ -163,24 +117,18 @@ def conv2d_relu(
     if has_torch_function_variadic(input, weight, bias):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
         return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments, precision=precision)
-    _require_tensor("input", input)
-    _require_tensor("weight", weight)
-    _require_precision(precision)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
+    require_precision(precision)
     return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
-
-
-def _require_precision(value: str | None) -> None:
-    if value is not None and value not in _conv.PRECISIONS:
-        known = ", ".join(map(repr, _conv.PRECISIONS))
-        raise ValueError(f"precision={value!r} is unknown; use {known}, or None for what torch's flags say")
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(linear(input, weight, bias))``: arguments, shapes and errors of ``torch.nn.functional.linear``."""
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
-    _require_tensor("input", input)
-    _require_tensor("weight", weight)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
     return _composite.linear_relu(input, weight, bias)
 
 
@@ -197,23 +145,19 @@ def max_pool2d(
     if has_torch_function_unary(input):
         arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return handle_torch_function(max_pool2d, (input,), *arguments)
-    _require_tensor("input", input)
+    require_tensor("input", input)
     pool = _composite.max_pool2d_with_indices if return_indices else _pool.apply
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _are_numbers(*coefficients: Number) -> bool:
-    return not any(isinstance(value, Tensor) for value in coefficients)
 
 
 def _lrn_and_pool(
     x: Tensor, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
 ) -> Tensor:
     """Both in one where that can be; three dimensions mean [N, C, L] to the norm and [C, H, W] to the pool."""
-    _require_tensor("input", x)
-    if x.dim() == 4 and x.numel() and _are_numbers(*norm):
+    require_tensor("input", x)
+    if x.dim() == 4 and x.numel() and are_numbers(*norm):
         size, alpha, beta, k = norm
-        scale = _lrn_scale(x, size, alpha, groups, alpha_mode)
+        scale = lrn_scale(x, size, alpha, groups, alpha_mode)
         return _fused.apply(x, (size, scale, beta, k, groups), pooling, pool_first)  # type: ignore[arg-type]
     if pool_first:
         pooled = _pool.apply(x, *pooling)
@@ -281,13 +225,13 @@ def _conv_and_rest(
     *,
     pool_first: bool,
 ) -> Tensor:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
+    require_tensor("input", x)
+    require_tensor("weight", weight)
     a, left = _fused.convolve(x, weight, bias, *conv)
-    if a.dim() != 4 or not a.numel() or not _are_numbers(*norm):
+    if a.dim() != 4 or not a.numel() or not are_numbers(*norm):
         return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
     size, alpha, beta, k = norm
-    scale = _lrn_scale(a, size, alpha, groups, alpha_mode)
+    scale = lrn_scale(a, size, alpha, groups, alpha_mode)
     return _fused.apply(a, (size, scale, beta, k, groups), pooling, pool_first, True, left)  # type: ignore[arg-type]
 
 
@@ -362,117 +306,14 @@ def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Expla
     return explainer(*bound.args, **bound.kwargs)
 
 
-def _meta(*values: Any) -> tuple[Any, ...]:
-    """The same shapes and dtypes without data: torch's own errors come from them, and nothing is computed."""
-    return tuple(empty_like(value, device="meta") if isinstance(value, Tensor) else value for value in values)
-
-
-def _explain_lrn(
-    x: Tensor, size: int, alpha: Number, beta: Number, k: Number, *, groups: int, alpha_mode: str
-) -> Explanation:
-    scale = _lrn_scale(x, size, alpha, groups, alpha_mode)
-    if x.numel() == 0:
-        return Explanation.of_one("lrn", "reference", _WHY_EMPTY)
-    if isinstance(scale, Tensor) or isinstance(beta, Tensor) or isinstance(k, Tensor):
-        return _composite.explain("lrn", _WHY_LEARNED)
-    return _lrn.explain(x, size, scale, beta, k, groups)
-
-
-def _explain_spatial(x: Tensor, size: int, *_: float) -> Explanation:
-    _require_maps(x, size)
-    return _composite.explain("spatial_response_norm")
-
-
-def _explain_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, precision: Precision | None, relu: bool = True
-) -> Explanation:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
-    _require_precision(precision)
-    reference.conv2d_relu(*_meta(x, weight, bias, *args))
-    op = "conv2d_relu" if relu else "conv2d"
-    return _conv.explain(op, x, weight, bias, relu, *args, precision=precision)
-
-
-def _explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanation:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
-    reference.linear_relu(*_meta(x, weight, bias))
-    return _composite.explain("linear_relu")
-
-
-def _explain_pool(x: Tensor, *args: Any) -> Explanation:
-    _require_tensor("input", x)
-    *pooling, return_indices = args
-    reference.max_pool2d(*_meta(x), *pooling)
-    return _composite.explain("max_pool2d", _composite.WHY_INDICES) if return_indices else _pool.explain(x, *pooling)
-
-
-def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Another shape on the device and in the dtype of ``x``, without its memory."""
-    return x.new_empty(1).expand(shape)
-
-
-def _explain_lrn_and_pool(
-    op: str, x: Tensor, *args: Any, pool_first: bool, relu: bool = False, **options: Any
-) -> Explanation:
-    _require_tensor("input", x)
-    (size, alpha, beta, k), pooling = args[:4], args[4:]
-    if x.dim() == 4 and x.numel() and _are_numbers(alpha, beta, k):
-        norm = (size, _lrn_scale(x, size, alpha, **options), beta, k, options["groups"])
-        reference.max_pool2d(*_meta(x), *pooling)
-        whole = _fused.explain(op, x, norm, pooling, pool_first, relu)  # type: ignore[arg-type]
-        if whole.backend != "reference":
-            return whole
-        why_not = whole.why_not
-    else:
-        why_not = Explanation.of_one(op, "reference", "a kernel takes [N, C, H, W] and numbers").why_not
-    if not pool_first:
-        return Explanation.of_parts(
-            op, why_not, _explain_lrn(x, *args[:4], **options), _explain_pool(x, *pooling, False)
-        )
-    pooled = _like(x, reference.max_pool2d(*_meta(x), *pooling).shape)
-    return Explanation.of_parts(
-        op, why_not, _explain_pool(x, *pooling, False), _explain_lrn(pooled, *args[:4], **options)
-    )
-
-
-def _explain_lrn_pool(x: Tensor, *args: Any, **options: Any) -> Explanation:
-    return _explain_lrn_and_pool("lrn_max_pool2d", x, *args, pool_first=False, **options)
-
-
-def _explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
-    return _explain_lrn_and_pool("max_pool2d_lrn", x, *args, pool_first=True, **options)
-
-
-def _explain_conv_and_rest(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
-) -> Explanation:
-    a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
-    rest = _explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
-    by_rest = not rest.parts  # bias and ReLU: of the operation that runs all the rest
-    left = None if by_rest and x.device.type in _fused.BIAS_APART else bias
-    first = _explain_conv(x, weight, left, *conv, precision=None, relu=not by_rest)
-    parts = rest.parts or (rest,)
-    return Explanation.of_parts(op, first.why_not | rest.why_not, first, *parts)
-
-
-def _explain_conv_lrn_pool(*args: Any, **options: Any) -> Explanation:
-    return _explain_conv_and_rest("conv2d_relu_lrn_max_pool2d", *args, pool_first=False, **options)
-
-
-def _explain_conv_pool_lrn(*args: Any, **options: Any) -> Explanation:
-    return _explain_conv_and_rest("conv2d_relu_max_pool2d_lrn", *args, pool_first=True, **options)
-
-
 _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] = {
-    "local_response_norm": (local_response_norm, _explain_lrn),
-    "spatial_response_norm": (spatial_response_norm, _explain_spatial),
-    "conv2d_relu": (conv2d_relu, _explain_conv),
-    "linear_relu": (linear_relu, _explain_linear),
-    "max_pool2d": (max_pool2d, _explain_pool),
-    "lrn_max_pool2d": (lrn_max_pool2d, _explain_lrn_pool),
-    "max_pool2d_lrn": (max_pool2d_lrn, _explain_pool_lrn),
-    "conv2d_relu_lrn_max_pool2d": (conv2d_relu_lrn_max_pool2d, _explain_conv_lrn_pool),
-    "conv2d_relu_max_pool2d_lrn": (conv2d_relu_max_pool2d_lrn, _explain_conv_pool_lrn),
+    "local_response_norm": (local_response_norm, _explain.explain_lrn),
+    "spatial_response_norm": (spatial_response_norm, _explain.explain_spatial),
+    "conv2d_relu": (conv2d_relu, _explain.explain_conv),
+    "linear_relu": (linear_relu, _explain.explain_linear),
+    "max_pool2d": (max_pool2d, _explain.explain_pool),
+    "lrn_max_pool2d": (lrn_max_pool2d, _explain.explain_lrn_pool),
+    "max_pool2d_lrn": (max_pool2d_lrn, _explain.explain_pool_lrn),
+    "conv2d_relu_lrn_max_pool2d": (conv2d_relu_lrn_max_pool2d, _explain.explain_conv_lrn_pool),
+    "conv2d_relu_max_pool2d_lrn": (conv2d_relu_max_pool2d_lrn, _explain.explain_conv_pool_lrn),
 }

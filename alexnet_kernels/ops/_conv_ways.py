@@ -24,7 +24,6 @@ from ._choice import Choice, Facts, Pass
 from ._library import layout_of, triton_why_not
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
-PRECISIONS: tuple[Precision, ...] = ("ieee", "tf32", "tf32x3")
 Pair = tuple[int, int]
 Arguments = tuple[Pair, Pair, Pair, int, "str | None"]  # stride, padding, dilation, groups, precision
 

@@ -23,7 +23,7 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
 from . import _conv_ways as ways
-from ._conv_ways import PRECISIONS, Arguments, Precision, layout_for
+from ._conv_ways import Arguments, Precision, layout_for
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
@@ -35,8 +35,6 @@ from ._library import (
     why_transformed,
 )
 from .composite import plain
-
-__all__ = ["PRECISIONS", "Precision", "apply", "conv2d", "conv2d_backward", "explain"]
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 Size = int | Sequence[int]

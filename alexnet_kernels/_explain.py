@@ -1,0 +1,119 @@
+"""What each function of ``functional`` would run, without running it: one explainer a function, with its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, empty_like
+
+from . import reference
+from ._arguments import Number, Precision, are_numbers, lrn_scale, require_maps, require_precision, require_tensor
+from .ops import composite as _composite
+from .ops import conv as _conv
+from .ops import fused as _fused
+from .ops import lrn as _lrn
+from .ops import pool as _pool
+from .ops._library import Explanation
+
+WHY_LEARNED = "alpha, beta or k is a tensor; kernels take numbers, only plain torch differentiates by them"
+WHY_EMPTY = "an empty input is returned as it is"
+
+
+def _meta(*values: Any) -> tuple[Any, ...]:
+    """The same shapes and dtypes without data: torch's own errors come from them, and nothing is computed."""
+    return tuple(empty_like(value, device="meta") if isinstance(value, Tensor) else value for value in values)
+
+
+def explain_lrn(
+    x: Tensor, size: int, alpha: Number, beta: Number, k: Number, *, groups: int, alpha_mode: str
+) -> Explanation:
+    scale = lrn_scale(x, size, alpha, groups, alpha_mode)
+    if x.numel() == 0:
+        return Explanation.of_one("lrn", "reference", WHY_EMPTY)
+    if isinstance(scale, Tensor) or isinstance(beta, Tensor) or isinstance(k, Tensor):
+        return _composite.explain("lrn", WHY_LEARNED)
+    return _lrn.explain(x, size, scale, beta, k, groups)
+
+
+def explain_spatial(x: Tensor, size: int, *_: float) -> Explanation:
+    require_maps(x, size)
+    return _composite.explain("spatial_response_norm")
+
+
+def explain_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, precision: Precision | None, relu: bool = True
+) -> Explanation:
+    require_tensor("input", x)
+    require_tensor("weight", weight)
+    require_precision(precision)
+    reference.conv2d_relu(*_meta(x, weight, bias, *args))
+    return _conv.explain("conv2d_relu" if relu else "conv2d", x, weight, bias, relu, *args, precision=precision)
+
+
+def explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanation:
+    require_tensor("input", x)
+    require_tensor("weight", weight)
+    reference.linear_relu(*_meta(x, weight, bias))
+    return _composite.explain("linear_relu")
+
+
+def explain_pool(x: Tensor, *args: Any) -> Explanation:
+    require_tensor("input", x)
+    *pooling, return_indices = args
+    reference.max_pool2d(*_meta(x), *pooling)
+    return _composite.explain("max_pool2d", _composite.WHY_INDICES) if return_indices else _pool.explain(x, *pooling)
+
+
+def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Another shape on the device and in the dtype of ``x``, without its memory."""
+    return x.new_empty(1).expand(shape)
+
+
+def explain_lrn_and_pool(
+    op: str, x: Tensor, *args: Any, pool_first: bool, relu: bool = False, **options: Any
+) -> Explanation:
+    require_tensor("input", x)
+    (size, alpha, beta, k), pooling = args[:4], args[4:]
+    if x.dim() == 4 and x.numel() and are_numbers(alpha, beta, k):
+        norm = (size, lrn_scale(x, size, alpha, **options), beta, k, options["groups"])
+        reference.max_pool2d(*_meta(x), *pooling)
+        whole = _fused.explain(op, x, norm, pooling, pool_first, relu)  # type: ignore[arg-type]
+        if whole.backend != "reference":
+            return whole
+        why_not = whole.why_not
+    else:
+        why_not = Explanation.of_one(op, "reference", "a kernel takes [N, C, H, W] and numbers").why_not
+    if not pool_first:
+        return Explanation.of_parts(op, why_not, explain_lrn(x, *args[:4], **options), explain_pool(x, *pooling, False))
+    pooled = _like(x, reference.max_pool2d(*_meta(x), *pooling).shape)
+    return Explanation.of_parts(
+        op, why_not, explain_pool(x, *pooling, False), explain_lrn(pooled, *args[:4], **options)
+    )
+
+
+def explain_lrn_pool(x: Tensor, *args: Any, **options: Any) -> Explanation:
+    return explain_lrn_and_pool("lrn_max_pool2d", x, *args, pool_first=False, **options)
+
+
+def explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
+    return explain_lrn_and_pool("max_pool2d_lrn", x, *args, pool_first=True, **options)
+
+
+def explain_conv_and_rest(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
+) -> Explanation:
+    a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
+    rest = explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
+    in_one = not rest.parts  # then that operation has bias and ReLU too
+    left = None if in_one and x.device.type in _fused.BIAS_APART else bias
+    first = explain_conv(x, weight, left, *conv, precision=None, relu=not in_one)
+    parts = rest.parts or (rest,)
+    return Explanation.of_parts(op, first.why_not | rest.why_not, first, *parts)
+
+
+def explain_conv_lrn_pool(*args: Any, **options: Any) -> Explanation:
+    return explain_conv_and_rest("conv2d_relu_lrn_max_pool2d", *args, pool_first=False, **options)
+
+
+def explain_conv_pool_lrn(*args: Any, **options: Any) -> Explanation:
+    return explain_conv_and_rest("conv2d_relu_max_pool2d_lrn", *args, pool_first=True, **options)
