@@ -169,45 +169,45 @@ def look_up(rows: tuple[Row, ...], batch: int) -> Row | None:
 
 # ----------------------------------------------------------------------------------------------------------- the model
 
-# None of these was measured by this package: they are what docs/kernels/conv.md derives, and a measured table replaces them.
-_MODELLED = (9, 0)  # the compute capability whose rates they are; elsewhere nothing is assumed
+# Estimates, none of them measured by this package: a measured table replaces them. They hold for one compute capability;
+# elsewhere nothing is assumed.
+_MODELLED = (9, 0)
 _FLOPS_PER_BYTE = {"float16": 184.0, "bfloat16": 184.0, "tf32": 91.0}  # 790 and 390 TFLOP/s against 4.3 TB/s
-_EFFICIENCY = {"conv wide": 0.75, "conv 192": 0.68, "conv 128": 0.65, "narrow depth": 0.62}  # of issued products
-_BACKWARD = 0.9  # what operands that have to be turned leave of it
+_RATES = ((384, 0.75), (192, 0.68), (128, 0.65), (0, 0.5))  # of issued products, by outputs of a group at least
+_RATE_OF_NARROW_DEPTH = 0.62  # a group's channels are no multiple of 64, the depth of a step
+_RATE_OF_BACKWARD = 0.9  # is left where operands have to be turned
 _CUDNN, _CUDNN_GROUPED = 0.75, 0.55  # the second is the first by Inductor's factor for grouped convolutions, 1.358
 _MARGIN = 1.10  # a model must promise this much before cuDNN is left
 
 
-def issued(facts: Facts) -> float:
-    """Products a batch tile asks the tensor cores for, over the usual count: only taps on the map, but whole tiles.
+def planned(facts: Facts) -> tuple[bool, float]:
+    """Whether the kernel's tiles would be images at one pixel, and the products it would issue for one of the usual count."""
+    from ..kernels import _conv_backward_choice as backward
+    from ..kernels import _conv_choice as forward
+    from ..kernels._conv_geometry import Problem
 
-    A tile is 128 images (64 where there are no more), 128 outputs or 192, and a depth of 64 channels (16 in a remainder).
-    """
-    rows = 128 if facts.batch > WHOLE_TILE else WHOLE_TILE
-    images = -(-facts.batch // rows) * rows / facts.batch
-    outputs, depth = facts.weight[0] // facts.groups, facts.weight[1]
-    columns = min(-(-outputs // step) * step for step in (128, 192)) / outputs
-    share = images * columns * (-(-depth // 16) * 16 / depth)
-    for size, count, k, s, p, d in zip(
-        facts.shape[2:], facts.outputs, facts.weight[2:], facts.stride, facts.padding, facts.dilation, strict=True
-    ):
-        taps = sum(0 <= o * s - p + t * d < size for o in range(count) for t in range(k))
-        share *= taps / (count * k)
-    return share
+    size = 4 if facts.dtype.startswith("tf32") else 2
+    problem = Problem.of(facts.shape, facts.weight, facts.stride, facts.padding, facts.dilation, facts.groups, size)
+    if facts.run == "forward":
+        tile = forward.choose(problem, "tf32", described=facts.channels_last)
+        return tile.form != "pointer_rows", problem.issued(tile) / problem.nominal
+    kind, described = "input" if facts.run == "dgrad" else "weight", facts.channels_last and size == 2
+    tile = backward.choose(kind, problem, described, facts.channels_last, True)
+    return tile.form != "rows", backward.issued(kind, problem, tile) / problem.nominal
 
 
 def model(facts: Facts, capability: tuple[int, int]) -> Choice:
     """By issued products and rates; whatever it cannot promise goes to cuDNN."""
     why = _why_cudnn(facts, capability)
     if why is not None:
-        return Choice("cudnn", why)
+        return Choice("cudnn", f"{why}: cuDNN until this is measured on the GPU (make tune)")
     outputs, depth, (h, w) = facts.weight[0] // facts.groups, facts.weight[1], facts.outputs
     nominal = 2.0 * facts.batch * h * w * facts.weight[0] * depth * facts.weight[2] * facts.weight[3]
-    width = "conv wide" if outputs % 128 == 0 and outputs > 128 else "conv 192" if outputs % 192 == 0 else "conv 128"
-    rate = min(_EFFICIENCY[width], _EFFICIENCY["conv wide" if depth % 64 == 0 else "narrow depth"])
-    ours = nominal * issued(facts) / (rate if facts.run == "forward" else rate * _BACKWARD)
+    rate = next(rate for least, rate in _RATES if outputs >= least)
+    rate = rate if depth % 64 == 0 else min(rate, _RATE_OF_NARROW_DEPTH)
+    ours = nominal * planned(facts)[1] / (rate if facts.run == "forward" else rate * _RATE_OF_BACKWARD)
     theirs = nominal / (_CUDNN if facts.groups == 1 else _CUDNN_GROUPED)
-    if facts.epilogue:  # read and written once more by a kernel of its own
+    if facts.epilogue:  # cuDNN's result is read and written once more, by a kernel of its own
         size = 4 if facts.dtype == "tf32" else 2
         theirs += _FLOPS_PER_BYTE[facts.dtype] * 2 * size * facts.batch * facts.weight[0] * h * w
     way = "triton" if theirs > _MARGIN * ours else "cudnn"
@@ -216,18 +216,15 @@ def model(facts: Facts, capability: tuple[int, int]) -> Choice:
 
 def _why_cudnn(facts: Facts, capability: tuple[int, int]) -> str | None:
     """What the model leaves to cuDNN without a calculation."""
-    unmeasured = "cuDNN until it is measured on this GPU (make tune)"
     if facts.dtype not in _FLOPS_PER_BYTE:
-        return f"fp32 as {facts.dtype}: {unmeasured}"
+        return f"fp32 as {facts.dtype}"
     if capability != _MODELLED:
-        return f"compute capability {capability[0]}.{capability[1]}: {unmeasured}"
+        return f"compute capability {capability[0]}.{capability[1]}"
     if not facts.channels_last:
-        return f"contiguous maps: {unmeasured}"
+        return "contiguous maps"
     if facts.run != "forward" and (facts.dtype == "tf32" or facts.groups == 1):
-        return f"{facts.run} {'in tf32' if facts.dtype == 'tf32' else 'without groups'}: {unmeasured}"
-    if facts.batch < WHOLE_TILE:
-        return f"{facts.batch} images do not fill a tile of {WHOLE_TILE}: {unmeasured}"
-    return None
+        return f"{facts.run} {'in tf32' if facts.dtype == 'tf32' else 'without groups'}"
+    return None if planned(facts)[0] else f"{facts.batch} images of these sizes do not fill tiles of images"
 
 
 @functools.lru_cache(4096)

@@ -74,10 +74,16 @@ def _choice_for(run: Pass, x: Tensor, weight: Tensor, args: Arguments, epilogue:
 
 def _slower(run: Pass, own: bool, x: Tensor, weight: Tensor, args: Arguments, epilogue: bool = False) -> str | None:
     """Why Triton (``own``) or cuDNN leaves a call to the other under "auto", though it could run it."""
-    if dispatch.requested() != "auto" or triton_why_not(x) is not None:
+    if dispatch.requested() != "auto" or _triton_cannot(x) is not None:
         return None
     choice = _choice_for(run, x, weight, args, epilogue)
     return None if own == (choice.way == "triton") else choice.why
+
+
+def _triton_cannot(x: Tensor) -> str | None:
+    if x.numel() > 2**31 * x.shape[0]:
+        return f"an image has {x.numel() // x.shape[0]} elements: kernels count them by 31 bits"
+    return triton_why_not(x)
 
 
 def _cudnn_cannot(x: Tensor) -> str | None:
@@ -89,7 +95,7 @@ def _cudnn_cannot(x: Tensor) -> str | None:
 
 
 def _triton_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> str | None:
-    return triton_why_not(x) or _slower("forward", True, x, weight, args, relu or bias is not None)
+    return _triton_cannot(x) or _slower("forward", True, x, weight, args, relu or bias is not None)
 
 
 def _cudnn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> str | None:
@@ -97,7 +103,7 @@ def _cudnn_why_not(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *
 
 
 def _dgrad_triton_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    return triton_why_not(x) or _slower("dgrad", True, x, weight, args)
+    return _triton_cannot(x) or _slower("dgrad", True, x, weight, args)
 
 
 def _dgrad_cudnn_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> str | None:
@@ -105,7 +111,7 @@ def _dgrad_cudnn_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> s
 
 
 def _wgrad_triton_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> str | None:
-    return triton_why_not(x) or _slower("wgrad", True, x, weight, args)
+    return _triton_cannot(x) or _slower("wgrad", True, x, weight, args)
 
 
 def _wgrad_cudnn_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> str | None:
