@@ -72,3 +72,8 @@ def require_precision(value: str | None) -> None:
     if value is not None and value not in get_args(Precision):
         known = ", ".join(map(repr, get_args(Precision)))
         raise ValueError(f"precision={value!r} is unknown; use {known}, or None for what torch's flags say")
+
+
+def require_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} must lie between 0 and 1: the share of the elements that dropout sets to 0")

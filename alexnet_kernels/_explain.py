@@ -7,10 +7,20 @@ from typing import Any
 from torch import Tensor, empty_like
 
 from . import reference
-from ._arguments import Number, Precision, are_numbers, lrn_scale, require_maps, require_precision, require_tensor
+from ._arguments import (
+    Number,
+    Precision,
+    are_numbers,
+    lrn_scale,
+    require_maps,
+    require_precision,
+    require_probability,
+    require_tensor,
+)
 from .ops import composite as _composite
 from .ops import conv as _conv
 from .ops import fused as _fused
+from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops._library import Explanation
@@ -54,7 +64,15 @@ def explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanatio
     require_tensor("input", x)
     require_tensor("weight", weight)
     reference.linear_relu(*_meta(x, weight, bias))
-    return _composite.explain("linear_relu")
+    return _linear.explain("linear_relu", x, weight, bias)
+
+
+def explain_linear_dropout(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, training: bool) -> Explanation:
+    require_tensor("input", x)
+    require_tensor("weight", weight)
+    require_probability(p)
+    reference.linear_relu(*_meta(x, weight, bias))
+    return _linear.explain("linear_relu_dropout", x, weight, bias, p if training else 0.0)
 
 
 def explain_pool(x: Tensor, *args: Any) -> Explanation:

@@ -27,12 +27,14 @@ from ._arguments import (
     lrn_scale,
     require_maps,
     require_precision,
+    require_probability,
     require_tensor,
 )
 from ._explain import WHY_LEARNED
 from .ops import composite as _composite
 from .ops import conv as _conv
 from .ops import fused as _fused
+from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops._library import Explanation
@@ -129,7 +131,28 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     require_tensor("input", input)
     require_tensor("weight", weight)
-    return _composite.linear_relu(input, weight, bias)
+    return _linear.apply(input, weight, bias)
+
+
+def linear_relu_dropout(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """``dropout(relu(linear(input, weight, bias)), p, training)``: arguments, shapes and errors of torch's three functions.
+
+    Where no kernel runs, as on a CPU, the random numbers are torch's own. A kernel's come from a seed that torch's generator
+    draws: reproducible by ``torch.manual_seed``, and new at each replay of a CUDA graph. Dropped elements are 0 there even
+    where ReLU left NaN or infinity (torch multiplies, and has NaN).
+
+    Raises:
+        ValueError: ``p`` is below 0 or above 1.
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(linear_relu_dropout, tensors, *tensors, p, training)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
+    require_probability(p)
+    return _linear.apply(input, weight, bias, p if training else 0.0)
 
 
 def max_pool2d(
@@ -311,6 +334,7 @@ _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] 
     "spatial_response_norm": (spatial_response_norm, _explain.explain_spatial),
     "conv2d_relu": (conv2d_relu, _explain.explain_conv),
     "linear_relu": (linear_relu, _explain.explain_linear),
+    "linear_relu_dropout": (linear_relu_dropout, _explain.explain_linear_dropout),
     "max_pool2d": (max_pool2d, _explain.explain_pool),
     "lrn_max_pool2d": (lrn_max_pool2d, _explain.explain_lrn_pool),
     "max_pool2d_lrn": (max_pool2d_lrn, _explain.explain_pool_lrn),

@@ -256,6 +256,11 @@ def linear_relu(input: Tensor, children: Children) -> Tensor:
     return F.linear_relu(input, *_weights(linear))
 
 
+def linear_relu_dropout(input: Tensor, children: Children) -> Tensor:
+    linear, _, dropout = children
+    return F.linear_relu_dropout(input, *_weights(linear), dropout.p, dropout.training)
+
+
 def lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:
     norm, pool = children
     return F.lrn_max_pool2d(input, *_lrn_arguments(norm), *_pool_arguments(pool), **_lrn_options(norm))
@@ -292,6 +297,7 @@ _KNOWN = Known(  # a new run is a row; the function's name is what a report prin
         Run((_CONV, _RELU, _LRN, _POOL), conv2d_relu_lrn_max_pool2d),
         Run((_CONV, _RELU, _POOL, _LRN), conv2d_relu_max_pool2d_lrn),
         Run((_LINEAR, _RELU), linear_relu),
+        Run((_LINEAR, _RELU, (torch.nn.Dropout,)), linear_relu_dropout),
         Run((_LRN, _POOL), lrn_max_pool2d),
         Run((_POOL, _LRN), max_pool2d_lrn),
     ),
@@ -302,7 +308,7 @@ _KNOWN = Known(  # a new run is a row; the function's name is what a report prin
 
 class FusedSequential(RunsAsOne):
     """``torch.nn.Sequential`` that runs known runs of its children as one operation: convolution or ``Linear`` and ReLU,
-    LRN and max pooling in either order.
+    ``Dropout`` after the latter, LRN and max pooling in either order.
 
     Every other child is called itself. Indexing, slicing, iterating, ``state_dict``, values and gradients are those of
     ``Sequential``. At each call, a run is fused only while nobody can see inside it: its members have exactly torch's

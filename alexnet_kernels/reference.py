@@ -195,6 +195,50 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.relu(F.linear(x, weight, bias), inplace=True)
 
 
+def linear_relu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`linear_relu`, and :func:`dropout` of ``p`` after it, by ``x``, weight and bias, from the result ``y``.
+
+    What ReLU or dropout put to 0 is 0 in ``y``. A gradient that ``mask`` does not ask for has no elements.
+    """
+    dz = (grad * (1 / (1 - p))).masked_fill(y <= 0, 0).reshape(-1, weight.shape[0])
+    dx, dweight = linear_gradients(dz, x, weight, mask)
+    total = dz.sum(0, dtype=arithmetic_dtype(dz.dtype)).to(dz.dtype) if mask[2] else dz.new_empty(0)
+    return dx, dweight, total
+
+
+def linear_gradients(dz: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """``dx = dz weight`` and ``dweight = dzᵀ x`` of ``z = x weightᵀ``, as far as ``mask`` asks; ``dz`` is [M, O]."""
+    dx = (dz @ weight).view(x.shape) if mask[0] else dz.new_empty(0)
+    return dx, dz.t() @ x.reshape(-1, x.shape[-1]) if mask[1] else dz.new_empty(0)
+
+
+def random_words(seed: Tensor, count: int) -> Tensor:
+    """``count`` random words of 32 bits in int64: Philox 4x32 with 10 rounds (Salmon et al. 2011), four from each counter.
+
+    The key is the 64 bits of ``seed``, the counter ``i // 4`` in its lowest word: word ``i`` depends on ``seed`` and ``i`` alone.
+    """
+    low = 0xFFFFFFFF
+    counter = torch.arange((count + 3) // 4, device=seed.device) & low
+    zero = torch.zeros_like(counter)
+    words, keys = [counter, zero, zero, zero], [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        even, odd = (
+            words[0] * 0xD2511F53,
+            words[2] * 0xCD9E8D57,
+        )  # the upper halves wrap into the sign, which `& low` drops
+        words = [odd >> 32 & low ^ words[1] ^ keys[0], odd & low, even >> 32 & low ^ words[3] ^ keys[1], even & low]
+        keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
+    return torch.stack(words, 1).flatten()[:count]
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``x / (1 - p)`` where the :func:`random_words` of ``seed`` (int64, one element) are ``p · 2^32`` or more, else 0."""
+    keep = random_words(seed, x.numel()).view(x.shape) >= round(p * 2**32)
+    return torch.where(keep, x * (1 / (1 - p)), 0.0)
+
+
 def max_pool2d(
     x: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair = 0, dilation: Pair = 1, ceil_mode: bool = False
 ) -> Tensor:
@@ -312,3 +356,39 @@ def lrn_pool_backward(
         g = g.masked_fill(a <= 0, 0)
     dbias = g.sum((0, 2, 3)).to(x.dtype) if with_bias_grad else x.new_empty(0)
     return g.to(x.dtype), dbias
+
+
+def sgd(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    masters: list[Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    scaling: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``d = g + weight_decay·w``, ``b ← momentum·b + d``, ``w ← w - lr·b`` (Nesterov: ``w - lr·(d + momentum·b)``), in place.
+
+    ``w`` are the ``masters``, in whose dtype all of it is; ``weights`` become them, rounded. ``scaling`` is a factor that the
+    gradients carry, and a number other than 0 where one of them is not finite: then nothing changes.
+    """
+    if scaling is not None and scaling[1].item():
+        return
+    g = [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)]
+    if scaling is not None:
+        g = [grad / scaling[0].to(grad) for grad in g]
+    if maximize:
+        g = list(torch._foreach_neg(g))
+    if weight_decay:
+        g = list(torch._foreach_add(g, masters, alpha=weight_decay))
+    if momentum:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, g)
+        g = list(torch._foreach_add(g, buffers, alpha=momentum)) if nesterov else buffers
+    torch._foreach_add_(masters, g, alpha=-float(lr))
+    for weight, master in zip(weights, masters, strict=True):
+        if weight is not master:
+            weight.copy_(master)

@@ -72,6 +72,7 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
         torch.bfloat16: "*bf16",
         torch.uint8: "*u8",
         torch.int64: "*i64",
+        torch.int32: "*i32",
     }
     names = launch.kernel.arg_names
     signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(launch.constants), {}
