@@ -20,6 +20,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,30 +48,35 @@ Case = Callable[[], object]
 def cases() -> Iterator[Facts]:
     """Every case once, the most important one first. The image needs no gradient."""
     seen = set()
-    for batch in BATCHES:
-        for dtype in DTYPES:
-            for variant in VARIANTS:
-                for facts in _of(variant, batch, dtype):
-                    if (facts.key, batch) not in seen:
-                        seen.add((facts.key, batch))
-                        yield facts
-
-
-def _of(variant: str, batch: int, dtype: str) -> Iterator[Facts]:
-    for group in geometry.variant(variant).groups:
-        normed = any(
-            isinstance(op, geometry.LRN) for op in group.ops
-        )  # then bias and ReLU are the operation's after it
-        for layer in geometry.variant(variant).layers:
-            op = layer.op
-            if layer.group != group.name or not isinstance(op, geometry.Conv):
-                continue
-            weight = (op.out_channels, layer.input[0] // op.groups, op.kernel, op.kernel)
+    for batch, dtype in product(BATCHES, DTYPES):
+        for channels, size, op, normed in convolutions():
+            weight = (op.out_channels, channels // op.groups, op.kernel, op.kernel)
             numbers = ((op.stride,) * 2, (op.padding,) * 2, (1, 1), op.groups)
             for run in PASSES:
-                if run != "dgrad" or layer.input[0] != 3:
-                    after = run == "forward" and not normed
-                    yield Facts(run, dtype, True, (batch, *layer.input), weight, *numbers, after)
+                after = run == "forward" and not normed
+                facts = Facts(run, dtype, True, (batch, channels, *size), weight, *numbers, after)
+                if (run != "dgrad" or channels != 3) and (facts.key, batch) not in seen:
+                    seen.add((facts.key, batch))
+                    yield facts
+
+
+def convolutions() -> Iterator[tuple[int, tuple[int, int], geometry.Conv, bool]]:
+    """Of the networks and of one tower of theirs: channels and sides of the input, the operation, and whether a response
+    normalisation follows, which then has bias and ReLU."""
+    for name in VARIANTS:
+        for layer, normed in _convolutions_of(name):
+            yield layer.input[0], layer.input[1:], layer.op, normed
+    for layer, normed in _convolutions_of(VARIANTS[0]):
+        tower = replace(layer.op, out_channels=layer.op.out_channels // geometry.TOWERS, groups=1)
+        yield layer.input[0] // layer.op.groups, layer.input[1:], tower, normed
+
+
+def _convolutions_of(name: str) -> Iterator[tuple[geometry.LayerFacts, bool]]:
+    variant = geometry.variant(name)
+    normed = {group.name: any(isinstance(op, geometry.LRN) for op in group.ops) for group in variant.groups}
+    for layer in variant.layers:
+        if isinstance(layer.op, geometry.Conv):
+            yield layer, normed[layer.group]
 
 
 def id_of(facts: Facts) -> str:
