@@ -25,7 +25,7 @@ from ._library import layout_of, triton_why_not
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 Pair = tuple[int, int]
-Arguments = tuple[Pair, Pair, Pair, int, "str | None"]  # stride, padding, dilation, groups, precision
+Arguments = tuple[Pair, Pair, Pair, int, "Precision | None"]  # stride, padding, dilation, groups, precision
 
 
 def layout_for(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -51,7 +51,7 @@ def _flags_for(x: Tensor, precision: Precision | None) -> Iterator[None]:
     if wanted is None or wanted == torchs_precision():
         yield
         return
-    conv = torch.backends.cudnn.conv
+    conv: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  # unknown to torch's annotations
     before = conv.fp32_precision
     conv.fp32_precision = wanted
     try:
@@ -66,10 +66,9 @@ def _flags_for(x: Tensor, precision: Precision | None) -> Iterator[None]:
 
 
 def _choice_for(run: Pass, x: Tensor, weight: Tensor, args: Arguments, epilogue: bool = False) -> Choice:
-    *geometry, precision = args
-    dtype = str(x.dtype)[6:] if x.dtype != torch.float32 else precision or torchs_precision()
+    dtype = str(x.dtype)[6:] if x.dtype != torch.float32 else args[4] or torchs_precision()
     last = layout_for(x, weight) is torch.channels_last
-    return _choice.choose(Facts(run, dtype, last, x.shape, weight.shape, *geometry, epilogue), x.device)
+    return _choice.choose(Facts(run, dtype, last, x.shape, weight.shape, *args[:4], epilogue), x.device)
 
 
 def _slower(run: Pass, own: bool, x: Tensor, weight: Tensor, args: Arguments, epilogue: bool = False) -> str | None:
@@ -121,25 +120,27 @@ def _wgrad_cudnn_why_not(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> s
 # ---------------------------------------------------------------------------------------------------------------- Triton
 
 
+def _settled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A kernel's last arguments: the geometry, and a precision in any case."""
+    return *args[:4], args[4] or torchs_precision()
+
+
 def triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
     from ..kernels import conv as kernel
 
-    *geometry, precision = args
-    return kernel.forward(x, weight, bias, relu, *geometry, precision or torchs_precision())
+    return kernel.forward(x, weight, bias, relu, *_settled(args))
 
 
 def triton_dgrad(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     from ..kernels import conv_backward as kernel
 
-    *geometry, precision = args
-    return kernel.input_gradient(dz, weight, tuple(x.shape), *geometry, precision or torchs_precision())[0]
+    return kernel.input_gradient(dz, weight, tuple(x.shape), *_settled(args))[0]
 
 
 def triton_wgrad(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     from ..kernels import conv_backward as kernel
 
-    *geometry, precision = args
-    return kernel.weight_gradient(dz, x, tuple(weight.shape), *geometry, precision or torchs_precision())
+    return kernel.weight_gradient(dz, x, tuple(weight.shape), *_settled(args))
 
 
 # ------------------------------------------------------------------------------------------------------ torch's, by cuDNN

@@ -23,6 +23,8 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
 from . import _conv_ways as ways
+from ._choice import Pass
+from ._conv_arguments import Size, as_autocast, prepared
 from ._conv_ways import Arguments, Precision, layout_for
 from ._library import (
     AUTOCAST_KEYS,
@@ -32,14 +34,12 @@ from ._library import (
     layout_of,
     triton_why_not,
     wants_gradient,
-    why_transformed,
 )
 from .composite import plain
 
 Outputs = tuple[Tensor, Tensor, Tensor]
-Size = int | Sequence[int]
 
-_BACKWARD: tuple[ways.Pass, ...] = ("dgrad", "wgrad")
+_BACKWARD: tuple[Pass, ...] = ("dgrad", "wgrad")
 _WHY_CPU = "torch's own convolution runs on a CPU"
 _WHY_NO_KERNEL = "no kernel can run it"
 
@@ -103,21 +103,8 @@ conv2d = torch.ops.alexnet_kernels.conv2d.default
 conv2d_backward = torch.ops.alexnet_kernels.conv2d_backward.default
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast makes of a convolution's arguments: all in its dtype, except fp64 and integers."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-
-    def to(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return to(x), to(weight), None if bias is None else to(bias)
-
-
 def _under_autocast(key: str, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    cast = _cast(x, weight, bias)
+    cast = as_autocast(x, weight, bias)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
         return conv2d(*cast, *args)
 
@@ -185,8 +172,8 @@ def _second_gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Through the reference, which is differentiable to any order: double backward is rare and need not be fast."""
     with dispatch.use_backend(ctx.backend):
         dispatch.require_reference("the gradient of conv2d_backward", "double backward runs in plain torch")
-    *geometry, mask, _ = ctx.arguments
-    second = reference.conv2d_second_gradient(grads, *ctx.saved_tensors, *geometry, mask)
+    first = (*ctx.saved_tensors, *ctx.arguments[:5])  # geometry and mask; plain torch has one precision
+    second = reference.conv2d_second_gradient(grads, *first)
     return (*second, *[None] * 7)
 
 
@@ -219,61 +206,6 @@ class Conv2d(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ what the callers reach
 
 
-def _pair(value: Any) -> tuple[int, int] | None:
-    if type(value) is int:
-        return value, value
-    if isinstance(value, (tuple, list)) and 1 <= len(value) <= 2 and all(type(v) is int for v in value):
-        return value[0], value[-1]
-    return None
-
-
-def _geometry(
-    shape: tuple[int, ...], weight: tuple[int, ...], stride: Size, padding: Size | str, dilation: Size, groups: int
-) -> tuple[Any, ...] | None:
-    """Stride, padding, dilation and groups as numbers; None where torch has more to do (an odd "same") or to refuse."""
-    steps, reach = _pair(stride), _pair(dilation)
-    if len(shape) != 4 or len(weight) != 4 or type(groups) is not int or groups < 1 or steps is None or reach is None:
-        return None
-    kernel = weight[2:]
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(reach, kernel, strict=True)]
-        edge = (total[0] // 2, total[1] // 2) if steps == (1, 1) and not (total[0] % 2 or total[1] % 2) else None
-    else:
-        edge = (0, 0) if padding == "valid" else _pair(padding)
-    if edge is None or min(steps) < 1 or min(reach) < 1 or min(edge) < 0 or min(weight) < 1 or min(shape) < 1:
-        return None
-    if shape[1] != weight[1] * groups or weight[0] % groups:
-        return None
-    for size, k, p, d in zip(shape[2:], kernel, edge, reach, strict=True):
-        if size + 2 * p < d * (k - 1) + 1:
-            return None
-    return steps, edge, reach, groups
-
-
-_geometry_cached = functools.lru_cache(4096)(_geometry)  # a call on a small tensor takes microseconds, this 4 of them
-
-
-def _arguments(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> Any:
-    quick = not torch.compiler.is_compiling() and not any(isinstance(v, list) for v in (stride, padding, dilation))
-    return (_geometry_cached if quick else _geometry)(x.shape, weight.shape, stride, padding, dilation, groups)
-
-
-def _why_plain(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> str | None:
-    """What no kernel is ever asked: torch answers that, or says what is wrong with it."""
-    if not x.is_floating_point():
-        return f"torch's own convolution runs for {x.dtype}"
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if any(t.dtype != x.dtype or t.device != x.device for t in tensors):
-        return "torch's own convolution runs for, or refuses, tensors of several dtypes or devices"
-    if torch._C._get_tracing_state() is not None:  # whose check traces again
-        return "torch.jit.trace records torch's own convolution"
-    if geometry is None or (bias is not None and tuple(bias.shape) != (weight.shape[0],)):
-        return (
-            f"torch's own convolution runs for, or refuses, {tuple(x.shape)} by {tuple(weight.shape)} in this geometry"
-        )
-    return why_transformed()
-
-
 def _some_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a graph under compilation should hold the operation, which asks for its way when it runs."""
     return triton_why_not(torch.empty(0, dtype=dtype, device=device)) is None
@@ -297,12 +229,12 @@ def apply(
     """Convolution, bias and ReLU of any ``x``, as the user's ``op``: by a kernel or cuDNN, torch's own everywhere else."""
     conv = (stride, padding, dilation, groups)
     if x.is_cpu and not torch.compiler.is_compiling() and dispatch.requested() in ("auto", "reference"):
-        return _plain(
-            op, _WHY_CPU, x, weight, bias, relu, *conv
-        )  # at once: a call on a small tensor takes microseconds
-    why, inputs, geometry = _prepared(x, weight, bias, *conv)
+        # here and not only where implementations are chosen: a call on a small tensor takes microseconds
+        return _plain(op, _WHY_CPU, x, weight, bias, relu, *conv)
+    why, inputs, geometry = prepared(x, weight, bias, *conv)
     if why is None:
-        y = _on_kernel(*inputs, relu, (*geometry, precision))
+        batch, cast, added = inputs
+        y = _on_kernel(batch, cast, added, relu, (*geometry, precision))
         if y is not None:
             return y if x.dim() == 4 else y[0]
     return _plain(op, why or _WHY_NO_KERNEL, x, weight, bias, relu, *conv)
@@ -312,13 +244,6 @@ def _plain(op: str, why: str, x: Tensor, weight: Tensor, bias: Tensor | None, re
     if relu:
         return plain(op, why, reference.conv2d_relu, x, weight, bias, *conv)
     return plain(op, why, torch.nn.functional.conv2d, x, weight, bias, *conv)
-
-
-def _prepared(x: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> tuple[str | None, Any, Any]:
-    """Why plain torch runs, or None; the tensors as a kernel takes them; stride, padding, dilation and groups as numbers."""
-    batch, weight, bias = _cast(x[None] if x.dim() == 3 else x, weight, bias)
-    geometry = _arguments(batch, weight, *conv)
-    return _why_plain(batch, weight, bias, geometry), (batch, weight, bias), geometry
 
 
 def _on_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, args: Any) -> Tensor | None:
@@ -338,7 +263,7 @@ def explain(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *conv: Any, precision: Precision | None = None
 ) -> dispatch.Explanation:
     """What :func:`apply` would run; where a gradient is wanted, the passes of its backward too."""
-    why, inputs, geometry = _prepared(x, weight, bias, *conv)
+    why, inputs, geometry = prepared(x, weight, bias, *conv)
     if why is not None:
         return dispatch.explain_reference(op, why)
     args = (*geometry, precision)
