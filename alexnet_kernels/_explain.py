@@ -19,6 +19,7 @@ from ._arguments import (
 )
 from .ops import composite as _composite
 from .ops import conv as _conv
+from .ops import conv_chain as _conv_chain
 from .ops import fused as _fused
 from .ops import linear as _linear
 from .ops import lrn as _lrn
@@ -58,6 +59,15 @@ def explain_conv(
     require_precision(precision)
     reference.conv2d_relu(*_meta(x, weight, bias, *args))
     return _conv.explain("conv2d_relu" if relu else "conv2d", x, weight, bias, relu, *args, precision=precision)
+
+
+def explain_conv_chain(x: Tensor, layers: Any) -> Explanation:
+    require_tensor("input", x)
+    (y,) = _meta(x)
+    for weight, bias, conv in layers:
+        require_tensor("weight", weight)
+        y = reference.conv2d_relu(y, *_meta(weight, bias), *conv)
+    return _conv_chain.explain(x, layers)
 
 
 def explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanation:

@@ -8,7 +8,7 @@ where the input's is neither of the two). Function transforms (``torch.func``, f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ from ._arguments import (
 from ._explain import WHY_LEARNED
 from .ops import composite as _composite
 from .ops import conv as _conv
+from .ops import conv_chain as _conv_chain
 from .ops import fused as _fused
 from .ops import linear as _linear
 from .ops import lrn as _lrn
@@ -123,6 +124,21 @@ def conv2d_relu(
     require_tensor("weight", weight)
     require_precision(precision)
     return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
+
+
+def conv2d_relu_chain(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Convolution]]) -> Tensor:
+    """:func:`conv2d_relu` for each of ``layers``, ``(weight, bias, (stride, padding, dilation, groups))``, in a row.
+
+    Results, gradients and errors are those of single calls. Where a gradient is wanted on a GPU, the layers are one node of
+    autograd: the gradient that reaches a layer from the one above is masked, and summed for its bias, where it is computed.
+    """
+    tensors = (input, *(t for weight, bias, _ in layers for t in (weight, bias)))
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv2d_relu_chain, tensors, input, layers)
+    require_tensor("input", input)
+    for weight, _, _ in layers:
+        require_tensor("weight", weight)
+    return _conv_chain.apply(input, layers)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -333,6 +349,7 @@ _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] 
     "local_response_norm": (local_response_norm, _explain.explain_lrn),
     "spatial_response_norm": (spatial_response_norm, _explain.explain_spatial),
     "conv2d_relu": (conv2d_relu, _explain.explain_conv),
+    "conv2d_relu_chain": (conv2d_relu_chain, _explain.explain_conv_chain),
     "linear_relu": (linear_relu, _explain.explain_linear),
     "linear_relu_dropout": (linear_relu_dropout, _explain.explain_linear_dropout),
     "max_pool2d": (max_pool2d, _explain.explain_pool),

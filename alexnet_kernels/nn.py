@@ -251,6 +251,11 @@ def conv2d_relu(input: Tensor, children: Children) -> Tensor:
     return F.conv2d_relu(input, *_weights(conv), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def conv2d_relu_chain(input: Tensor, children: Children) -> Tensor:
+    layers = [(*_weights(c), (c.stride, c.padding, c.dilation, c.groups)) for c in children[::2]]
+    return F.conv2d_relu_chain(input, layers)
+
+
 def linear_relu(input: Tensor, children: Children) -> Tensor:
     linear, _ = children
     return F.linear_relu(input, *_weights(linear))
@@ -294,6 +299,8 @@ _LRN, _POOL = (torch.nn.LocalResponseNorm, LocalResponseNorm), (torch.nn.MaxPool
 _KNOWN = Known(  # a new run is a row; the function's name is what a report prints
     runs=(
         Run((_CONV, _RELU), conv2d_relu),
+        Run((_CONV, _RELU) * 2, conv2d_relu_chain),
+        Run((_CONV, _RELU) * 3, conv2d_relu_chain),
         Run((_CONV, _RELU, _LRN, _POOL), conv2d_relu_lrn_max_pool2d),
         Run((_CONV, _RELU, _POOL, _LRN), conv2d_relu_max_pool2d_lrn),
         Run((_LINEAR, _RELU), linear_relu),

@@ -23,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ._conv_arguments import out_sides
+
 Pass = Literal["forward", "dgrad", "wgrad"]
 PASSES: tuple[Pass, ...] = ("forward", "dgrad", "wgrad")
 WAYS = ("triton", "cudnn", "cudnn split")
@@ -50,12 +52,7 @@ class Facts(NamedTuple):
     @property
     def outputs(self) -> tuple[int, int]:
         """Height and width of the output's maps."""
-        h, w = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                self.shape[2:], self.weight[2:], self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        h, w = out_sides(self.shape[2:], self.weight[2:], self.stride, self.padding, self.dilation)
         return h, w
 
     @property

@@ -62,9 +62,16 @@ def _geometry(
 _geometry_cached = functools.lru_cache(4096)(_geometry)  # a call on a small tensor takes microseconds, this 4 of them
 
 
-def _arguments(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> Any:
+def _numbers(shape: Any, weight: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Any, ...] | None:
     quick = not torch.compiler.is_compiling() and not any(isinstance(v, list) for v in (stride, padding, dilation))
-    return (_geometry_cached if quick else _geometry)(x.shape, weight.shape, stride, padding, dilation, groups)
+    return (_geometry_cached if quick else _geometry)(shape, weight, stride, padding, dilation, groups)
+
+
+def out_sides(sides: Sequence[Any], kernel: Sequence[Any], *geometry: Sequence[int]) -> tuple[Any, ...]:
+    """Height and width of the result; ``geometry`` is stride, padding and dilation."""
+    return tuple(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in zip(sides, kernel, *geometry, strict=True)
+    )
 
 
 def _why_plain(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> str | None:
@@ -86,5 +93,22 @@ def _why_plain(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) ->
 def prepared(x: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> tuple[str | None, Any, Any]:
     """Why plain torch runs, or None; the tensors as a kernel takes them; stride, padding, dilation and groups as numbers."""
     batch, weight, bias = as_autocast(x[None] if x.dim() == 3 else x, weight, bias)
-    geometry = _arguments(batch, weight, *conv)
-    return _why_plain(batch, weight, bias, geometry), (batch, weight, bias), geometry
+    numbers = _numbers(batch.shape, weight.shape, *conv)
+    return _why_plain(batch, weight, bias, numbers), (batch, weight, bias), numbers
+
+
+def prepared_chain(x: Tensor, layers: Sequence[Any]) -> tuple[list[Tensor | None], list[Any]] | None:
+    """The same of convolutions in a row: ``x``, then weight and bias of each; their geometries, with a precision of None. None
+    where plain torch runs one of them."""
+    tensors: list[Tensor | None] = []
+    plan: list[Any] = []
+    shape = tuple(x.shape)
+    for weight, bias, conv in layers:
+        cast, numbers = as_autocast(x, weight, bias), _numbers(shape, weight.shape, *conv)
+        # of the maps in between only dtype and device matter, which are those of `x`
+        if numbers is None or _why_plain(*cast, geometry=numbers) is not None:
+            return None
+        tensors += cast[bool(tensors) :]
+        plan.append((*numbers, None))
+        shape = (shape[0], weight.shape[0], *out_sides(shape[2:], weight.shape[2:], *numbers[:3]))
+    return tensors, plan

@@ -224,6 +224,20 @@ def epilogue_backward(grad: Tensor, y: Tensor | None, with_bias_grad: bool) -> t
     return dz, dz.sum((0, 2, 3)) if with_bias_grad else None
 
 
+def dgrad_through_relu(
+    dz: Tensor, x: Tensor, weight: Tensor, args: Arguments, with_bias_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dgrad and :func:`epilogue_backward` after it, where a ReLU made ``x``: one kernel where dgrad is Triton's."""
+    chosen = dispatch.choose("conv2d_dgrad", dz, x, weight, *args)
+    if chosen.backend != "triton":
+        return epilogue_backward(dispatch.perform(chosen, dz, x, weight, *args), x, with_bias_grad)
+    from ..kernels import conv_backward as kernel
+
+    dispatch.note("triton")
+    precision = args[4] or torchs_precision()
+    return kernel.input_gradient(dz, weight, x.shape, *args[:4], precision, x, with_bias_grad)
+
+
 def runs_ours(y: Tensor) -> bool:
     """Whether this package's kernels run around a convolution: where they can, for cuDNN's convolution as for Triton's."""
     return dispatch.requested() != "reference" and triton_why_not(y) is None

@@ -24,7 +24,7 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 from .. import dispatch, reference
 from . import _conv_ways as ways
 from ._choice import Pass
-from ._conv_arguments import Size, as_autocast, prepared
+from ._conv_arguments import Size, as_autocast, out_sides, prepared
 from ._conv_ways import Arguments, Precision, layout_for
 from ._library import (
     AUTOCAST_KEYS,
@@ -44,7 +44,7 @@ _WHY_CPU = "torch's own convolution runs on a CPU"
 _WHY_NO_KERNEL = "no kernel can run it"
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
     inputs = (dense(x, layout_for(x, weight)), dense(weight), bias, relu, *_as_pairs(args))
     if x.numel() == 0:
         with dispatch.use_backend("reference"):
@@ -59,7 +59,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, *args: 
     with_dx, with_dw, with_db = mask
     with dispatch.use_backend("reference" if x.numel() == 0 else dispatch.requested()):
         dz, db = ways.epilogue_backward(grad, y, with_db)
-        dx, dw = _passes(dense(dz, layout), dense(x, layout), dense(weight), geometry, (with_dx, with_dw))
+        dx, dw = passes(dense(dz, layout), dense(x, layout), dense(weight), geometry, (with_dx, with_dw))
     return (  # an empty tensor for each that nobody wants: results must not be one another
         grad.new_empty(0) if dx is None else dense(dx, layout),
         grad.new_empty(0) if dw is None else dense(dw, layout_of(weight)),
@@ -67,7 +67,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, *args: 
     )
 
 
-def _passes(
+def passes(
     dz: Tensor, x: Tensor, weight: Tensor, geometry: Arguments, mask: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dgrad and wgrad; one call where torch is to make both in the same way."""
@@ -96,7 +96,7 @@ LIBRARY.define(
     f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? y, {_GEOMETRY}, bool[] mask, str? precision=None)"
     " -> (Tensor, Tensor, Tensor)"
 )
-LIBRARY.impl("conv2d", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("conv2d", forward, "CompositeExplicitAutograd")
 LIBRARY.impl("conv2d_backward", _backward, "CompositeExplicitAutograd")
 
 conv2d = torch.ops.alexnet_kernels.conv2d.default
@@ -116,12 +116,7 @@ for _key in AUTOCAST_KEYS:
 
 @register_fake("alexnet_kernels::conv2d", lib=LIBRARY)
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
-    stride, padding, dilation = args[:3]
-    sides = [
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    shape = (x.shape[0], weight.shape[0], *sides)
+    shape = (x.shape[0], weight.shape[0], *out_sides(x.shape[2:], weight.shape[2:], *args[:3]))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_for(x, weight))
 
 
@@ -214,6 +209,11 @@ def _some_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 _some_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _library.runs_compiled
 
 
+def is_torchs(x: Tensor) -> bool:
+    """Whether nothing but torch's own convolution comes into question: on a CPU where nobody asked for a backend."""
+    return x.is_cpu and not torch.compiler.is_compiling() and dispatch.requested() in ("auto", "reference")
+
+
 def apply(
     op: str,
     x: Tensor,
@@ -228,7 +228,7 @@ def apply(
 ) -> Tensor:
     """Convolution, bias and ReLU of any ``x``, as the user's ``op``: by a kernel or cuDNN, torch's own everywhere else."""
     conv = (stride, padding, dilation, groups)
-    if x.is_cpu and not torch.compiler.is_compiling() and dispatch.requested() in ("auto", "reference"):
+    if is_torchs(x):
         # here and not only where implementations are chosen: a call on a small tensor takes microseconds
         return _plain(op, _WHY_CPU, x, weight, bias, relu, *conv)
     why, inputs, geometry = prepared(x, weight, bias, *conv)
