@@ -28,6 +28,7 @@ CALLS = {
     "local_response_norm": (lambda: (X, 5), {}),
     "spatial_response_norm": (lambda: (X, 3), {}),
     "conv2d_relu": (lambda: (X, torch.randn(4, 16, 3, 3)), {"padding": 1}),
+    "conv2d_relu_chain": (lambda: (X, [(W, None, CONV), (torch.randn(2, 4, 3, 3), None, CONV)]), {}),
     "linear_relu": (lambda: (X, torch.randn(4, 3)), {}),
     "linear_relu_dropout": (lambda: (X, torch.randn(4, 3)), {"p": 0.25}),
     "max_pool2d": (lambda: (X, 2), {}),
