@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from alexnet_kernels import geometry
-from alexnet_kernels.kernels import _launch
+from alexnet_kernels.kernels import _conv_choice, _launch
 from alexnet_kernels.ops import _choice
 from alexnet_kernels.profiling.timer import Timing, relative_error
-from bench import baselines, choose, cudnn, gpu, rows, tune
+from bench import baselines, choose, cudnn, gpu, rows, test_conv, tune
 from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -180,6 +180,38 @@ def test_problems_of_the_cpu() -> None:
     assert {p.track for p in found} == {"fp32", "bf16"}
     assert not any("max-autotune" in n for p in found for n in names(p))
     assert problems("cuda")[0].batch == 256
+
+
+# --------------------------------------------------------------------------------------------- forms of the convolution
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_form_of_the_convolution_is_a_contender(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a layer small enough for the interpreter, in small tiles: all that would be timed on a GPU is right."""
+    for form in test_conv.FORMS:
+        tile = _launch.Tile(form, 32, 16, 16)
+        monkeypatch.setitem(_conv_choice.CONFIGS, form, (tile,))
+    test_conv.kernel.tile_of.cache_clear()
+    conv = geometry.Conv(16, 3, padding=1, groups=groups)
+    shapes = ((16 * groups, 2, 3), (16, 2, 3))
+    facts = (
+        geometry.LayerFacts("conv", "conv", conv, *shapes, macs=9 * 16 * 16 * 6),
+        geometry.LayerFacts("relu", "conv", geometry.ReLU(), shapes[1], shapes[1]),
+    )
+    problem = Problem(Unit("paper", "conv", facts), "forward", "tf32", 3, test_conv.DEVICE)
+    ours = [contender for contender in test_conv.chosen(problem) if contender.ours]
+    assert len(ours) == 4
+    data = tensors(problem)
+    exact = baselines.truth(problem, data)
+    for contender in ours:
+        assert relative_error(contender.build(problem, data), exact) < rows.tolerance(problem)
+
+
+def test_forms_are_measured_where_they_exist() -> None:
+    names = {p.id: [c.name for c in test_conv.chosen(p)] for p in test_conv.PROBLEMS}
+    assert "ours pixel_pair" in names["paper/conv3+relu3/forward/bf16/256"]
+    assert {"ours group_major", "eager nchw", "eager channels_last"} <= set(names["paper/conv2+relu2/forward/bf16/256"])
+    assert not any(name in ("ours nchw", "ours channels_last") for found in names.values() for name in found)
 
 
 # ------------------------------------------------------------------------------------------------------------ make gpu
@@ -367,6 +399,10 @@ def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path.write_text('{"kernels": {"lrn": {"ring_forward": {"block": 64, "num_warps": 2}}}}')
     assert read("lrn", card) == {"ring_forward": _launch.Config(64, 2)}
     assert read("other", card) == {}
+    row = '{"form": "batch_tile", "block_m": 64, "block_n": 128, "block_k": 32, "num_stages": 4}'
+    path.write_text('{"kernels": {"conv": {"many 48x5x5-128 16 bits": ' + row + "}}}")
+    tile = _launch.Tile("batch_tile", 64, 128, 32, num_stages=4)
+    assert read("conv", card, _launch.Tile) == {"many 48x5x5-128 16 bits": tile}
     path.write_text('{"kernels": {"lrn": {"ring_forward": {"blocks": 64}}}}')
     with pytest.warns(UserWarning, match="is no tuned table"):
         assert read("lrn", card) == {}

@@ -11,22 +11,25 @@ import triton
 from ._conv_geometry import Axis, Problem
 from ._launch import Tile
 
-# For sm_90 and later, by gradient and output x input channels a group, the tallest first. A tile of 192 is two accumulators, 128
-# and 64. A weight's tile that is wider than its channels takes several taps. What a step loads limits it: 128 x 256 makes 85 FLOP
-# of a byte, 192 x 192 96, 128 x 240 83, 128 x 48 35.
+# By gradient and output x input channels a group. A tile of 192 is two accumulators, 128 and 64; a weight's tile that is wider
+# than its channels takes several taps. What a step loads is what limits it: of a byte 192 x 256 makes 110 FLOP, 192 x 192 96,
+# 128 x 256 85, 128 x 240 83, 128 x 48 35.
 TILES = {
     "input 128x48": Tile("tile", 128, 48, 64, 4, 4),
     "input 384x256": Tile("tile", 128, 256, 64, 8, 4),
     "input 192x192": Tile("tile", 128, 192, 64, 8, 4),
     "input 128x192": Tile("tile", 128, 192, 64, 8, 4),
     "weight 128x48": Tile("tile", 128, 240, 64, 8, 3),
-    "weight 384x256": Tile("tile", 192, 128, 64, 8, 4),
+    "weight 384x256": Tile("tile", 192, 256, 64, 8, 3),
     "weight 192x192": Tile("tile", 192, 192, 64, 8, 4),
     "weight 128x192": Tile("tile", 128, 192, 64, 8, 4),
 }
 ROWS = Tile("rows", 128, 128, 64, 8, 3)
 # single elements at a time, or more products an element: what fits into registers
 SMALL_ROWS = Tile("rows", 64, 64, 32, 4, 3)
+# A shorter tile is taken where a taller one issues more than so many times its products: rows that are not there cost but
+# products, shallow steps a barrier each.
+SLACK = {"input": 1.05, "weight": 1.25}
 WASTE = 1.18  # most products issued by tiles of images for one issued by rows, which mask them
 MULTIPROCESSORS = 132  # of an H100 or H200
 REFILL = 8  # steps that filling and draining a pipeline costs, and
@@ -34,22 +37,20 @@ SHARE = 1.5  # steps that storing and adding one more share costs: estimates fro
 MOST_SHARES = 64
 
 
-def _width(count: int, most: int, least: int = 16) -> int:
-    """The width of tile up to ``most`` that leaves least of itself empty; of equal ones the widest."""
-    return min(
-        (b for b in (256, 192, 128, 96, 64, 48, 32, 16) if least <= b <= most), key=lambda b: (-(-count // b) * b, -b)
-    )
+def _width(count: int, most: int, unit: int = 16) -> int:
+    """The widest tile up to ``most``, in parts of ``unit`` at least, that computes at most a quarter more than the tightest."""
+    covered = {b: triton.cdiv(count, b) * b for b in (16, 32, 48, 64, 96, 128, 192, 256) if b <= most and b % unit == 0}
+    return max(b for b, total in covered.items() if 4 * total <= 5 * min(covered.values()))
 
 
-def _default(kind: str, problem: Problem, wgmma: bool) -> Tile:
-    """The tile for channels that :data:`TILES` does not name, or for mma, whose operands take registers too."""
+def _default(kind: str, problem: Problem) -> Tile:
+    """The tile for channels that :data:`TILES` does not name."""
     if kind == "input":
-        columns = _width(problem.depth, 256 if wgmma else 128)
-        depth = math.gcd(problem.width, 64)
-        return Tile("tile", 128, columns, depth, 8 if columns > 128 or not wgmma else 4, 3)
-    columns = _width(problem.depth, 128 if wgmma else 96)
-    taps = min(problem.columns.taps, 5, (240 if wgmma else 96) // columns) if columns == problem.depth else 1
-    return Tile("tile", _width(problem.width, 128, 64), columns * max(taps, 1), 64, 8, 3)
+        columns = _width(problem.depth, 256)
+        return Tile("tile", 128, columns, math.gcd(problem.width, 64), 8 if columns > 128 else 4, 3)
+    columns = _width(problem.depth, 128)
+    taps = min(problem.columns.taps, 5, 240 // columns) if columns == problem.depth else 1
+    return Tile("tile", _width(problem.width, 192, 64), columns * taps, 64, 8, 3)  # wgmma has 64 rows
 
 
 def _shorter(kind: str, tile: Tile, problem: Problem) -> list[Tile]:
@@ -59,24 +60,39 @@ def _shorter(kind: str, tile: Tile, problem: Problem) -> list[Tile]:
     return [tile] if tile.block_m <= 64 else [tile, replace(tile, block_m=64)]
 
 
+def _rows(kind: str, problem: Problem, innermost: bool) -> Tile:
+    """The tile of rows: narrower where it would be empty, or where wide ones are too few for the GPU."""
+    if problem.itemsize == 4 or not innermost:
+        tile = SMALL_ROWS if kind == "input" else replace(SMALL_ROWS, num_warps=8)
+    else:
+        tile = ROWS
+    across = problem.width if kind == "weight" else problem.depth
+    least = 64 if kind == "weight" else min(64, max(16, triton.next_power_of_2(across)))
+    block = min(
+        (b for b in (128, 64, 32, 16) if least <= b <= tile.block_n), key=lambda b: (triton.cdiv(across, b) * b, -b)
+    )
+    if kind == "weight":
+        return replace(tile, block_m=block)
+    tile = replace(tile, block_n=block)
+    if input_tiles(problem, tile) < MULTIPROCESSORS:
+        tile = replace(tile, block_m=64, block_n=min(64, tile.block_n), num_warps=4)
+    return tile
+
+
 @functools.lru_cache(maxsize=512)
 def choose(
     kind: str, problem: Problem, described: bool, innermost: bool, wgmma: bool, tuned: Tile | None = None
 ) -> Tile:
     """The tile for the gradient ``kind``, "input" or "weight". ``described``: descriptors can read the tensors; ``innermost``:
-    channels are; ``wgmma``: sm_90 or later; ``tuned``: what measurements chose for these channels."""
-    rows = ROWS if innermost and problem.itemsize == 2 else SMALL_ROWS
-    if kind == "input":
-        rows = replace(rows, block_n=min(rows.block_n, max(16, triton.next_power_of_2(problem.depth))))
-    else:
-        rows = replace(rows, block_m=64 if problem.width <= 64 else rows.block_m)
-    tile = tuned or (TILES.get(f"{kind} {problem.width}x{problem.depth}") if wgmma else None)
-    tile = tile or _default(kind, problem, wgmma)
-    if not described or (kind == "input" and (tile.block_k < 16 or problem.width % tile.block_k)):
+    channels are; ``wgmma``: products come from shared memory, as on sm_90 and sm_100 (for sm_80 the compiler fetches no
+    descriptor ahead); ``tuned``: what measurements chose for these channels."""
+    rows = _rows(kind, problem, innermost)
+    tile = tuned or TILES.get(f"{kind} {problem.width}x{problem.depth}") or _default(kind, problem)
+    if not (described and wgmma) or (kind == "input" and (tile.block_k < 16 or problem.width % tile.block_k)):
         return rows
     tiles = [(issued(kind, problem, t), t) for t in _shorter(kind, tile, problem)]
     least = min(tiles, key=lambda pair: pair[0])[0]
-    count, best = next(pair for pair in tiles if pair[0] <= 1.05 * least)
+    count, best = next(pair for pair in tiles if pair[0] <= SLACK[kind] * least)
     return best if count <= WASTE * issued(kind, problem, rows) else rows
 
 
@@ -84,6 +100,18 @@ def taps_of(problem: Problem, tile: Tile) -> tuple[int, int]:
     """How many taps of a kernel row the tile of a weight gradient takes, and the channels of each."""
     taps = max(1, tile.block_n // problem.depth)
     return taps, tile.block_n // taps
+
+
+def row_tiles(problem: Problem, tile: Tile) -> int:
+    """Tiles of rows of the data gradient: images at each pixel, or pixels of each residue class."""
+    if tile.form == "tile":
+        return triton.cdiv(problem.images, tile.block_m) * problem.rows.size * problem.columns.size
+    return triton.cdiv(problem.images * places(problem), tile.block_m) * classes(problem)
+
+
+def input_tiles(problem: Problem, tile: Tile) -> int:
+    """Tiles of the data gradient, in all groups."""
+    return row_tiles(problem, tile) * triton.cdiv(problem.depth, tile.block_n) * problem.groups
 
 
 def weight_tiles(problem: Problem, tile: Tile) -> int:
@@ -96,6 +124,7 @@ def weight_tiles(problem: Problem, tile: Tile) -> int:
     return outputs * across * problem.rows.taps
 
 
+@functools.lru_cache(maxsize=512)
 def splits_of(problem: Problem, tile: Tile, multiprocessors: int = MULTIPROCESSORS) -> int:
     """Into how many shares K is split: where waves of programs, their steps and the shares' own cost are least."""
     tiles, steps = weight_tiles(problem, tile), max(_weight_steps(problem, tile), default=0)

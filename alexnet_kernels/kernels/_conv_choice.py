@@ -123,7 +123,9 @@ def _best(form: str, problem: Problem, precision: str, described: bool) -> Tile:
     tiles = _tiles(form, problem, precision)
     reasons = [why_not(problem, tile, precision) for tile in tiles]
     if not described and form != "pointer_rows":
-        reasons = ["x is not dense with its channels innermost, or something is not aligned to 16 bytes"] * len(tiles)
+        reasons = ["x is not dense with its channels innermost, not aligned to 16 bytes, or its GPU has no TMA"] * len(
+            tiles
+        )
     fit = [tile for tile, reason in zip(tiles, reasons, strict=True) if reason is None]
     if not fit:
         raise ValueError(f"form={form!r} cannot take this convolution: {reasons[-1]}; form='pointer_rows' takes any")
@@ -134,10 +136,15 @@ def _best(form: str, problem: Problem, precision: str, described: bool) -> Tile:
 
 
 def _tiles(form: str, problem: Problem, precision: str) -> list[Tile]:
-    """The built-in tiles of a form, for the type of the problem."""
+    """The built-in tiles of a form for the type of the problem; where few channels make a step shorter, more are in flight."""
     awkward = problem.depth % 8 or (problem.itemsize == 4 and precision != "tf32")
     name = "pointer_rows small" if form == "pointer_rows" and awkward else form
-    return [replace(tile, block_k=max(16, tile.block_k * 2 // problem.itemsize)) for tile in CONFIGS[name]]
+    tiles = [replace(tile, block_k=max(16, tile.block_k * 2 // problem.itemsize)) for tile in CONFIGS[name]]
+    if form != "batch_tile" or problem.depth % 16:
+        return tiles
+    return [
+        replace(t, num_stages=t.num_stages * t.block_k // depths(problem.depth, t.block_k, False)[0]) for t in tiles
+    ]
 
 
 def name_of(problem: Problem, tile: Tile, precision: str) -> str:

@@ -23,7 +23,8 @@ import triton.language as tl
 def _reach(at, AXIS: tl.constexpr):
     """The first tap that reaches coordinate ``at``, its output coordinate (it may be off the map), and how many taps divide.
 
-    The next tap is ``AXIS[6]`` further, its output coordinate ``AXIS[7]`` back.
+    AXIS is size, outputs, taps, stride, padding and dilation; then, between two taps that reach one coordinate, how many taps
+    they are apart [6] and how far back the second's output coordinate is [7]; and the inverse of [7] modulo [6].
     """
     K: tl.constexpr = AXIS[2]
     S: tl.constexpr = AXIS[3]
@@ -96,12 +97,11 @@ def input_tile(
     from_y = (out_h * OW + out_w) * PITCH_Y + group * OUTPUTS
     from_w = (tap_h * COLUMNS[2] + tap_w) * CHANNELS + column
     steps = count_h * count_w * (OUTPUTS // BLOCK_K)
-    from_image = tl.where(
-        steps > 0, image, images
-    )  # a pixel that no tap reaches takes one step of zeros: behind the last row
+    # a pixel that no tap reaches takes one step too, of zeros: behind the last row of both operands
+    from_image = tl.where(steps > 0, image, images)
     from_output = tl.where(steps > 0, group * OUTPUTS, PITCH_Y)
     k, done = 0, 0  # output channels of this tap, taps of this row
-    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count and 8 warps ptxas serialises every wgmma
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # at least one: see _conv_wgrad.weight_rows
         a = dy.load([from_image, from_y])
         acc = tl.dot(a, w.load([from_output + k, from_w]), acc)
         if REST_N:
@@ -112,11 +112,8 @@ def input_tile(
         next_row = (done == count_w).to(tl.int32)
         k -= next_tap * OUTPUTS
         done -= next_row * count_w
-        from_y += (
-            BLOCK_K
-            - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y)
-            + next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
-        )
+        from_y += BLOCK_K - next_tap * (OUTPUTS + COLUMNS[7] * PITCH_Y)
+        from_y += next_row * (count_w * COLUMNS[7] - ROWS[7] * OW) * PITCH_Y
         from_w += next_tap * COLUMNS[6] * CHANNELS + next_row * (ROWS[6] * COLUMNS[2] - count_w * COLUMNS[6]) * CHANNELS
 
     row = tl.arange(0, BLOCK_M)
@@ -155,16 +152,18 @@ def input_rows(
     STEP_X: tl.constexpr = 1 if INNERMOST else MAP
     STEP_Y: tl.constexpr = 1 if INNERMOST else OUT
     CLASSES_W: tl.constexpr = min(COLUMNS[0], COLUMNS[3])
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1) // GROUPS
-    group, column = block // blocks, block % blocks * BLOCK_N
-    tap_h, base_h, count_h = _reach(tl.program_id(2) // CLASSES_W, ROWS)
-    tap_w, base_w, count_w = _reach(tl.program_id(2) % CLASSES_W, COLUMNS)
-    index = tl.cast(tl.program_id(0), INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+    program, tiles = tl.program_id(0), ((rows + BLOCK_M - 1) // BLOCK_M).to(tl.int32)
+    group, column = program // BLOCKS % GROUPS, program % BLOCKS * BLOCK_N
+    tile = program // (BLOCKS * GROUPS)
+    class_h, class_w = tile // tiles // CLASSES_W, tile // tiles % CLASSES_W
+    tap_h, base_h, count_h = _reach(class_h, ROWS)
+    tap_w, base_w, count_w = _reach(class_w, COLUMNS)
+    index = tl.cast(tile % tiles, INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = (index % PLACES).to(tl.int32)
     image = (index // PLACES).to(tl.int64)
-    h = place // PLACES_W * ROWS[3] + tl.program_id(2) // CLASSES_W
-    wide = place % PLACES_W * COLUMNS[3] + tl.program_id(2) % CLASSES_W
+    h = place // PLACES_W * ROWS[3] + class_h
+    wide = place % PLACES_W * COLUMNS[3] + class_w
     ok = (index < rows) & (h < ROWS[0]) & (wide < COLUMNS[0])
     out_h, out_w = place // PLACES_W + base_h, place % PLACES_W + base_w
     y_row = dy + image * (PITCH_Y * OUT) + (out_h * COLUMNS[1] + out_w) * PIXEL_Y + group * OUTPUTS * STEP_Y
@@ -199,5 +198,5 @@ def input_rows(
         tap += next_tap * COLUMNS[6] + next_row * (ROWS[6] * COLUMNS[2] - count_w * COLUMNS[6])
 
     offset = image * (PITCH_X * MAP) + (h * COLUMNS[0] + wide) * PIXEL_X + group * CHANNELS * STEP_X
-    partial += (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * PITCH_X + group * CHANNELS
+    partial += tile.to(tl.int64) * PITCH_X + group * CHANNELS
     _finish(acc, offset, ok, channel, mask, dx, partial, STEP_X, CHANNELS, MASKED, SUMMED)

@@ -20,19 +20,21 @@ from ._launch import block_of
 
 @triton.jit
 def _inside(tap, AXIS: tl.constexpr):
-    """The first output coordinate whose tap ``tap`` is on the map, and the one after the last."""
+    """The first output coordinate whose tap ``tap`` is on the map, and the one after the last; (outputs, 0) if there is none.
+
+    AXIS is size, outputs, taps, stride, padding and dilation.
+    """
     ahead = AXIS[4] - tap * AXIS[5]  # input coordinate = output · stride - ahead
     first = tl.maximum(ahead + AXIS[3] - 1, 0) // AXIS[3]
-    end = tl.maximum(AXIS[0] + ahead + AXIS[3] - 1, 0) // AXIS[3]
-    return first, tl.minimum(end, AXIS[1])
+    end = tl.minimum(tl.maximum(AXIS[0] + ahead + AXIS[3] - 1, 0) // AXIS[3], AXIS[1])
+    return tl.where(first < end, first, AXIS[1]), tl.where(first < end, end, 0)
 
 
 @triton.jit
-def _share(steps):
-    """The steps of this program's share of K: first and count."""
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    first = split * steps // splits
-    return first.to(tl.int32), ((split + 1) * steps // splits - first).to(tl.int32)
+def _share(split, splits, steps):
+    """The steps of share ``split`` of ``splits``: first and count."""
+    first = split.to(tl.int64) * steps // splits
+    return first.to(tl.int32), ((split + 1).to(tl.int64) * steps // splits - first).to(tl.int32)
 
 
 @triton.jit
@@ -53,7 +55,7 @@ def _store_share(acc, partial, output, channel, outputs, channels, LINE: tl.cons
 
 @triton.jit
 def weight_tile(
-    partial, dy, dy_rest, x, x_rest, images,
+    partial, dy, dy_rest, x, x_rest, images, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, REST_M: tl.constexpr, BLOCK_N: tl.constexpr, REST_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +72,8 @@ def weight_tile(
     PARTS_M: tl.constexpr = 2 if REST_M else 1
     WIDTH: tl.constexpr = COLUMNS[0]
     OW: tl.constexpr = COLUMNS[1]
-    tile = tl.program_id(0)
+    TILES: tl.constexpr = BLOCKS_O * BLOCKS_C * BLOCKS_T * ROWS[2] * GROUPS
+    tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     output = tile % BLOCKS_O * (BLOCK_M + REST_M)
     channel = tile // BLOCKS_O % BLOCKS_C * (BLOCK_N + REST_N)
     tap_w = tile // (BLOCKS_O * BLOCKS_C) % BLOCKS_T * TAPS
@@ -94,18 +97,18 @@ def weight_tile(
                 acc += (tl.zeros((REST_M, REST_N), tl.float32),)
     PARTS: tl.constexpr = PARTS_M * (2 if REST_N else 1)
 
-    first, steps = _share((images + BLOCK_K - 1) // BLOCK_K * count_h * count_w)
+    first, steps = _share(split, splits, (images + BLOCK_K - 1) // BLOCK_K * count_h * count_w)
     line = tl.maximum(count_w, 1)
     plane = tl.maximum(count_h * count_w, 1)
     image = tl.where(
         steps > 0, first // plane * BLOCK_K, images
-    )  # without a step there is one of zeros, behind the last image
+    )  # a share without a step takes one of zeros, behind the last
     h, w = first % plane // line, first % line
     from_y = ((first_h + h) * OW + first_w + w) * PITCH_Y + group * OUTPUTS + output
     at_h = (first_h + h) * ROWS[3] - ROWS[4] + tap_h * ROWS[5]
     at_w = (first_w + w) * COLUMNS[3] - COLUMNS[4] + tap_w * COLUMNS[5]
     from_x = (at_h * WIDTH + at_w) * PITCH_X + group * CHANNELS + channel
-    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count and 8 warps ptxas serialises every wgmma
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # at least one: see weight_rows
         a = (tl.trans(dy.load([image, from_y])),)
         if REST_M:
             a += (tl.trans(dy_rest.load([image, from_y + BLOCK_M])),)
@@ -133,9 +136,7 @@ def weight_tile(
         from_x += (next_line - next_image * count_h) * (ROWS[3] * WIDTH * PITCH_X)
 
     LINE: tl.constexpr = ROWS[2] * COLUMNS[2] * CHANNELS
-    partial += (tl.program_id(1) * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE + (
-        tap_h * COLUMNS[2] + tap_w
-    ) * CHANNELS
+    partial += (split * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE + (tap_h * COLUMNS[2] + tap_w) * CHANNELS
     rows = output + tl.arange(0, BLOCK_M)
     columns = channel + tl.arange(0, BLOCK_N)
     for t in tl.static_range(TAPS):
@@ -155,7 +156,7 @@ def weight_tile(
 
 @triton.jit
 def weight_rows(
-    dy, x, partial, rows,
+    dy, x, partial, rows, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
     INNERMOST: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -176,7 +177,8 @@ def weight_rows(
     STEP_Y: tl.constexpr = 1 if INNERMOST else OH * OW
     BLOCKS_O: tl.constexpr = (OUTPUTS + BLOCK_M - 1) // BLOCK_M
     BLOCKS_N: tl.constexpr = (LINE + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0)
+    TILES: tl.constexpr = BLOCKS_O * BLOCKS_N * GROUPS
+    tile, split = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     group = tile // (BLOCKS_O * BLOCKS_N)
     output = tile % BLOCKS_O * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile // BLOCKS_O % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -186,7 +188,7 @@ def weight_rows(
     y_column = dy + (group * OUTPUTS + output) * STEP_Y
     x_column = x + (group * CHANNELS + column % CHANNELS) * STEP_X + (ahead_h * COLUMNS[0] + ahead_w) * PIXEL_X
 
-    first, steps = _share((rows + BLOCK_K - 1) // BLOCK_K)
+    first, steps = _share(split, splits, (rows + BLOCK_K - 1) // BLOCK_K)
     index = tl.cast(first, INDEX) * BLOCK_K + tl.arange(0, BLOCK_K)
     image = (index // (OH * OW)).to(tl.int64)
     h = (index // OW % OH).to(tl.int32)
@@ -194,7 +196,7 @@ def weight_rows(
     left = (rows - tl.cast(first, INDEX) * BLOCK_K).to(INDEX)
     lane = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in tl.range(0, tl.maximum(steps, 1)):
+    for _ in tl.range(0, tl.maximum(steps, 1)):  # with a bare count ptxas (12.8) serialises every wgmma of this kernel
         ok = (lane < left) & (steps > 0)
         y_row = image * (PITCH_Y * OH * OW) + (h * OW + w) * PIXEL_Y
         x_row = image * (PITCH_X * MAP) + (h * (ROWS[3] * COLUMNS[0]) + w * COLUMNS[3]) * PIXEL_X
@@ -214,7 +216,7 @@ def weight_rows(
         h -= carry * OH
         image += BLOCK_K // (OW * OH) + carry
 
-    partial += (tl.program_id(1) * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE
+    partial += (split * PITCH_Y + group * OUTPUTS).to(tl.int64) * LINE
     _store_share(acc, partial, output, column, OUTPUTS, LINE, LINE)
 
 

@@ -10,8 +10,8 @@ group_major   a tile's rows are images at one output pixel, and the channels of 
               passes to :func:`forward_group_major`. For channel counts that do not fill a step (48)
 batch_tile    the same rows, taps one by one: any channels_last x, 16·m channels a group, from about 64 images on
 pixel_pair    images at two neighbouring output pixels, which share inputs and weights: more arithmetic a byte, fewer tiles. Only
-              where it is asked for, by name or by the tuned table
-pointer_rows  a tile's rows are output pixels, over images: everything else, by strides and with masks
+              where it is asked for, by name or by the tuned table, and only on sm_90
+pointer_rows  a tile's rows are output pixels, over images: everything else, by strides and with masks; everything before sm_90
 
 An NCHW x with 8·m channels a group is copied to channels_last and y back, which costs less than reading two bytes at a time;
 one with other channel counts is read as it is. fp32 is multiplied as ``precision`` says, always explicitly.
@@ -19,6 +19,7 @@ one with other channel counts is read as it is. fp32 is multiplied as ``precisio
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._conv_choice import choose, name_of, programs, shared_bytes, why_not
+from ._conv_choice import CONFIGS, choose, name_of, programs, shared_bytes, why_not
 from ._conv_geometry import Problem, depths, halves
 from ._conv_rows import pointer_rows
 from ._conv_tiles import batch_tile, pixel_pair
@@ -49,7 +50,7 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
         return f"the Triton kernels take fp32, fp16 and bf16, not {x.dtype}"
     if weight.dtype != x.dtype:
         return f"x is {x.dtype} but weight is {weight.dtype}; the Triton kernels multiply one dtype"
-    if x[:1].numel() > 2**31:
+    if x[:1].numel() >= 2**31:
         return f"an image of {x[:1].numel()} elements; the Triton kernels index an image by 31 bits"
     return None
 
@@ -61,12 +62,22 @@ def _dense(x: Tensor) -> bool:
     return all(size == 1 or s == w for size, s, w in zip(sizes, x.stride()[1:], wanted, strict=True))
 
 
-def _described(x: Tensor, problem: Problem) -> bool:
-    """Whether descriptors can read ``x``, and the weights that go with it: everything begins at multiples of 16 bytes."""
+def _described(x: Tensor, packed: Tensor, problem: Problem) -> bool:
+    """Whether descriptors can read both: everything begins at multiples of 16 bytes, an image is dense, its channels innermost.
+
+    Without a TMA unit (before sm_90) Triton 3.6 lowers a descriptor of 16-bit elements to loads of one element each.
+    """
     row = problem.depth * problem.groups * problem.rows.size * problem.columns.size
     pitch = x.stride(0) if x.shape[0] > 1 else row
-    aligned = x.data_ptr() % 16 == 0 and pitch * x.element_size() % 16 == 0 and row * x.element_size() % 16 == 0
-    return _dense(x) and aligned and pitch >= row and problem.reduction * x.element_size() % 16 == 0
+    begins = (x.data_ptr(), packed.data_ptr(), *(n * x.element_size() for n in (pitch, row, problem.reduction)))
+    aligned = all(begin % 16 == 0 for begin in begins)
+    return _dense(x) and aligned and pitch >= row and _generation(x.device) >= 9
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """The major compute capability; without a GPU, that of an H100."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def plan(
@@ -75,14 +86,23 @@ def plan(
 ) -> Launch:  # fmt: skip
     """The launch that writes ``y``. ``x`` is [N, C, H, W] of any strides, or [groups, N, H, W, C/groups], dense, for the form
     group_major; ``y`` is dense. What the tuned table names replaces the built-in tile where it can compute the problem."""
-    described = x.dim() == 5 or _described(x, problem)
+    described = _described(x, packed, problem) if x.dim() == 4 else packed.data_ptr() % 16 == 0
+    tile = tile_of(problem, precision, form, described, x.device)
+    return launch_of(x, packed, bias, y, problem, relu, precision, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_of(problem: Problem, precision: str, form: str | None, described: bool, device: torch.device) -> Tile:
+    """:func:`choose`, and the tuned table of the device; kept, for counting what every tile would issue takes 2 ms."""
     tile = choose(problem, precision, form, described)
+    if tile.form == "pixel_pair" and _generation(device) != 9:
+        raise ValueError(f"form='pixel_pair' on {device}: Triton 3.6 compiles it for sm_90 only; use form='batch_tile'")
     if form is None:
-        better = tuned("conv", x.device, Tile).get(name_of(problem, tile, precision))
+        better = tuned("conv", device, Tile).get(name_of(problem, tile, precision))
         usable = better is not None and (described or better.form == "pointer_rows")
         if better is not None and usable and why_not(problem, better, precision) is None:
-            tile = better
-    return launch_of(x, packed, bias, y, problem, relu, precision, tile)
+            return better
+    return tile
 
 
 def launch_of(
@@ -102,7 +122,7 @@ def launch_of(
     make = {"pointer_rows": _rows, "pixel_pair": _pair}.get(tile.form, _batch)
     kernel, args, more = make(x, packed, y, problem, tile)
     work = tile.block_m * tile.block_n * (2 if tile.form == "pixel_pair" else 1)
-    args = (y, y if bias is None else bias, *args)
+    args = (y, y if bias is None else bias.contiguous(), *args)
     grid = (programs(problem, tile),)
     return Launch(kernel, grid, args, constants | more, tile.num_warps, work, tile.num_stages)
 
@@ -111,7 +131,8 @@ _Parts = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments after 
 
 
 def _rows(x: Tensor, packed: Tensor, y: Tensor, problem: Problem, tile: Tile) -> _Parts:
-    step, places = x.stride(), y.stride()
+    step = [0 if size == 1 else s for size, s in zip(x.shape, x.stride(), strict=True)]  # nobody steps along one
+    places = y.stride()
     vector = math.gcd(16 // problem.itemsize, problem.depth, *(step[i] for i in (0, 2, 3))) if step[1] == 1 else 1
     constants = {
         "BLOCK": (tile.block_m, tile.block_n, tile.block_k, vector),
@@ -164,6 +185,8 @@ def forward(
     """
     problem = Problem.of(x.shape, weight.shape, stride, padding, dilation, groups, x.element_size())
     shape = (problem.images, weight.shape[0], problem.rows.outputs, problem.columns.outputs)
+    if math.prod(shape[1:]) >= 2**31:
+        raise ValueError(f"a result of {math.prod(shape[1:])} elements an image: it is indexed by 31 bits; use torch's")
     last = torch.channels_last if _dense(x) and not x.is_contiguous() else torch.contiguous_format
     copied = not _dense(x) and problem.depth % 8 == 0
     if copied:
@@ -221,27 +244,44 @@ LAYERS = {
 }
 
 
+def _planned(
+    layer: tuple[int, ...], images: int, dtype: torch.dtype, precision: str, form: str | None, tile: Tile | None = None
+) -> tuple[Problem, Tile, Launch]:
+    """The launch of a layer on meta tensors, in the form's best tile or in the one that is given."""
+    channels, size, outputs, kernel, padding, groups = layer
+    x = torch.empty((images, channels, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+    weight = torch.empty((outputs, channels // groups, kernel, kernel), dtype=dtype, device="meta")
+    problem = Problem.of(x.shape, weight.shape, (1, 1), (padding, padding), (1, 1), groups, dtype.itemsize)
+    y = torch.empty((images, outputs, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+    bias = torch.empty(outputs, dtype=dtype, device="meta")
+    if form == "group_major":
+        x = torch.empty((groups, images, size, size, channels // groups), dtype=dtype, device="meta")
+    tile = choose(problem, precision, form) if tile is None else tile
+    return problem, tile, launch_of(x, pack(weight), bias, y, problem, True, precision, tile)
+
+
 def _shipped() -> Iterator[tuple[str, Problem, Tile, Launch]]:
     half, single = torch.bfloat16, torch.float32
-    cases = [(name, half, "tf32", images, None) for name in LAYERS for images in (256, 1)]
+    cases: list[tuple[str, torch.dtype, str, int, str | None]] = []
+    cases += [(name, half, "tf32", images, None) for name in LAYERS for images in (256, 1)]
     cases += [(name, single, "tf32", 256, None) for name in LAYERS if name.startswith("paper")]
     cases += [("paper conv3", torch.float16, "tf32", images, None) for images in (256, 64)]
     cases += [("paper conv3", single, precision, images, None) for precision in PRECISIONS for images in (256, 1)]
-    cases += [("paper conv2", half, "tf32", 256, "group_major"), ("paper conv2", single, "tf32", 256, "group_major")]
-    cases += [(name, half, "tf32", 256, "pixel_pair") for name in LAYERS if name.startswith("paper")]
+    cases += [
+        ("paper conv2", dtype, "tf32", 256, form) for dtype in (half, single) for form in CONFIGS if " " not in form
+    ]
+    cases += [(f"paper conv{i}", half, "tf32", 256, form) for i in (3, 4, 5) for form in ("pointer_rows", "pixel_pair")]
     for name, dtype, precision, images, form in dict.fromkeys(cases):
-        channels, size, outputs, kernel, padding, groups = LAYERS[name]
-        x = torch.empty((images, channels, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
-        weight = torch.empty((outputs, channels // groups, kernel, kernel), dtype=dtype, device="meta")
-        problem = Problem.of(x.shape, weight.shape, (1, 1), (padding, padding), (1, 1), groups, dtype.itemsize)
-        y = torch.empty((images, outputs, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
-        bias = torch.empty(outputs, dtype=dtype, device="meta")
-        if form == "group_major":
-            x = torch.empty((groups, images, size, size, channels // groups), dtype=dtype, device="meta")
-        tile = choose(problem, precision, form)
-        launch = launch_of(x, pack(weight), bias, y, problem, True, precision, tile)
+        problem, tile, launch = _planned(LAYERS[name], images, dtype, precision, form)
         kind = precision if dtype == single else str(dtype)[6:]
         yield f"{tile.form} {name} {kind} batch {images}", problem, tile, launch
+    for name, tiles in CONFIGS.items():  # and every tile there is, on a layer with as many output channels
+        for tile in tiles:
+            channels, groups = (3, 1) if " " in name else (96, 2)  # conv2's 48 a group, or single elements
+            layer = (channels, 27, groups * tile.block_n, 5, 2, groups)
+            problem, tile, launch = _planned(layer, 256, half, "tf32", tile.form, tile)
+            if why_not(problem, tile, "tf32") is None:
+                yield f"{name} {tile.block_m}x{tile.block_n}x{tile.block_k} bfloat16", problem, tile, launch
 
 
 def shipped() -> Iterator[tuple[str, Launch]]:
@@ -251,7 +291,9 @@ def shipped() -> Iterator[tuple[str, Launch]]:
 
 
 def tiles() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same launches as numbers: their tile, shared memory, programs, multiplications issued for one of the usual count."""
+    """The same launches as numbers: their tile, shared memory, programs, loops, and multiplications issued for one of the usual
+    count."""
     for label, problem, tile, launch in _shipped():
-        figures = {"shared bytes": shared_bytes(problem, tile), "programs": launch.grid[0]}
+        loops = 2 if launch.constants["BLOCK"][4:] > (0,) else 1
+        figures = {"shared bytes": shared_bytes(problem, tile), "programs": launch.grid[0], "loops": loops}
         yield label, asdict(tile) | figures | {"issued / nominal": problem.issued(tile) / problem.nominal}
