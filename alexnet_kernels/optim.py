@@ -82,7 +82,7 @@ class SGD(torch.optim.SGD):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` computes the loss again and its gradients, and its result is returned.
 
         Raises:
@@ -96,11 +96,10 @@ class SGD(torch.optim.SGD):
         for index, group in enumerate(self.param_groups):
             rows = [self._row(p, group) for p in group["params"] if p.grad is not None]
             scaling = None
-            if rows and found_inf is not None:
-                one = torch.ones_like(found_inf) if grad_scale is None else grad_scale
-                scaling = (one.float().to(rows[0].weight.device), found_inf.to(rows[0].weight.device))
+            if found_inf is not None:
+                scaling = (torch.ones_like(found_inf) if grad_scale is None else grad_scale, found_inf)
             names = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
-            settings = _optim.Settings(*(group[name] for name in names), scaling)
+            settings = _optim.Settings(**{name: group[name] for name in names}, scaling=scaling)
             _optim.sgd(rows, settings, self._tables.setdefault(index, {}))
             self._versions.update((row.weight, row.weight._version) for row in rows if row.master is not row.weight)
         return loss
@@ -115,19 +114,22 @@ class SGD(torch.optim.SGD):
             )
         half, moving = p.dtype in _HALF, group["momentum"] != 0
         state = self.state[p] if half or moving else {}
-        master = p
-        if half:
-            master = state.get("master")
-            if master is None:
-                master = state["master"] = p.detach().float()
-            elif self._versions.get(p) != p._version:
-                master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+        master = self._master(p, state) if half else p
         if not moving:
             return _optim.Row(p, grad, master, master)
         buffer = state.get("momentum_buffer")
         if buffer is None:
             buffer = state["momentum_buffer"] = torch.zeros_like(master, memory_format=torch.preserve_format)
         return _optim.Row(p, grad, buffer, master)
+
+    def _master(self, p: Tensor, state: dict[str, Any]) -> Tensor:
+        """The fp32 weight of a half parameter, with what was written into that since the last step."""
+        if "master" not in state:
+            state["master"] = p.detach().float()
+        master: Tensor = state["master"]
+        if self._versions.get(p) != p._version:
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+        return master
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but what is held in fp32 for half parameters stays so: torch would round it to their dtype.

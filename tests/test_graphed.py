@@ -139,6 +139,23 @@ def test_refused_once_it_trains() -> None:
         fast(X)
 
 
+def test_weights_that_move_are_found() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+    weights = module._Weights(model)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model.load_state_dict(model.state_dict())
+    assert not weights.have_moved()
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+    assert weights.have_moved()
+    weights = module._Weights(model)
+    model[1].running_mean.data = torch.zeros(2)
+    assert weights.have_moved()
+    weights = module._Weights(model)
+    model[0].bias = None
+    assert weights.have_moved()
+
+
 # -------------------------------------------------------------------------------------------------------- training step
 
 
@@ -173,6 +190,71 @@ def test_steps_of_a_loop(kind: Any, device: torch.device) -> None:
     assert len({float(loss) for loss in losses}) == 8 and not losses[0].requires_grad
     for p, q in zip(model.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+class Recorded:
+    """Enough of a CUDA graph: its replay is the step."""
+
+    def __init__(self, step: models.GraphedStep, output: Tensor, log: list[str]) -> None:
+        self.step, self.output, self.log = step, output, log
+
+    def replay(self) -> None:
+        self.log.append("replay")
+        self.output.copy_(self.step._step())
+        self.step._held = self.step._numbers()  # a graph's own writes count no version
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When a step on a GPU would run as it is, be captured, and be replayed; each is done on the CPU instead."""
+    seen: list[str] = []
+
+    def captured(step: models.GraphedStep) -> tuple[Recorded, Tensor]:
+        seen.append("capture")
+        output = torch.zeros((), dtype=step._inputs.dtype)
+        return Recorded(step, output, seen), output
+
+    monkeypatch.setattr(module, "_beside", lambda _, function: seen.append("as it is") or function())
+    monkeypatch.setattr(models.GraphedStep, "_captured", captured)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_when_a_step_is_captured(dtype: torch.dtype, log: list[str]) -> None:
+    """After three; anew, after one, where something changed that a graph would not see. The losses are a loop's own."""
+    device = torch.device("cpu")
+    model, own = (net.to(dtype) for net in twins(device))
+    made = [optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (model, own)]
+    x, target = batches(device, 1)[0]
+    step = models.graphed_step(model, TF.cross_entropy, made[0], (x.to(dtype), target))
+    step._capturable = True
+
+    def run(times: int) -> list[str]:
+        log.clear()
+        for _ in range(times):
+            made[1].zero_grad()
+            expected = TF.cross_entropy(own(x.to(dtype)), target)
+            expected.backward()
+            made[1].step()
+            torch.testing.assert_close(step(x.to(dtype), target), expected.detach())
+        return list(log)
+
+    assert repr(step).endswith("a CUDA graph after 3 more calls)")
+    assert run(5) == ["as it is"] * 3 + ["capture", "replay", "replay"]
+    assert repr(step).endswith("one CUDA graph)")
+    for optimizer in made:
+        optimizer.param_groups[0]["lr"] = 0.01
+    assert run(3) == ["as it is", "capture", "replay", "replay"]
+    with torch.no_grad():
+        for net in (model, own):
+            net[0].bias.fill_(0.25)
+    assert run(3) == (["as it is", "capture", "replay", "replay"] if dtype == torch.bfloat16 else ["replay"] * 3)
+    for net in (model, own):
+        net.eval()
+    assert run(2) == ["as it is", "capture", "replay"]
+    for net in (model, own):
+        net[0].bias.data = net[0].bias.data.clone()
+    assert run(2) == ["as it is", "capture", "replay"]
 
 
 def test_a_step_names_what_does_not_fit(device: torch.device) -> None:

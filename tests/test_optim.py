@@ -174,6 +174,15 @@ def test_groups_none_and_mixed_dtypes(device: torch.device, backend: str) -> Non
     assert params[-1] not in made[0].state
 
 
+def test_a_dimension_of_one_may_have_any_stride() -> None:
+    """As the gradient of a 1 x 1 convolution has in channels_last: the same order, hence no copy."""
+    from alexnet_kernels.ops.optim import _same_order
+
+    weight, grad = torch.randn(8, 4, 1, 1), torch.empty(8, 4, 1, 1, memory_format=torch.channels_last)
+    assert weight.stride() != grad.stride() and _same_order(weight, grad)
+    assert not _same_order(torch.randn(4, 3), torch.randn(3, 4).t())
+
+
 def test_schedulers_and_closures(device: torch.device, backend: str) -> None:
     params = parameters(device)
     others = twins(params)

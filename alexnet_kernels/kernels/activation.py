@@ -33,7 +33,7 @@ from ._tile import activate, near, read, tile_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-CONFIGS = {  # block: elements a tile has
+CONFIGS = {  # block: elements a tile has (rows: of a half type; half as many in fp32, the same bytes a thread)
     "rows_forward": Config(block=4096),
     "rows_backward": Config(block=4096),
     "planes_forward": Config(block=2048),
@@ -173,11 +173,12 @@ def _in_rows(x: Tensor) -> bool:
     return x.dim() < 3 or not x.is_contiguous() or x.shape[2:].numel() == 1
 
 
-def _rows_blocks(channels: int, block: int) -> tuple[int, int]:
+def _rows_blocks(x: Tensor, block: int) -> tuple[int, int]:
     """ROWS and COLUMNS: 32 to 128 channels that divide C where it has such a divisor, so that no lane is idle."""
+    channels = x.shape[1]
     divisors = [width for width in (128, 64, 32) if channels % width == 0]
     columns = divisors[0] if divisors else min(128, max(16, triton.next_power_of_2(channels)))
-    return max(1, block // columns), columns
+    return max(1, block * 2 // x.element_size() // columns), columns
 
 
 def _planes_blocks(pixels: int, block: int) -> tuple[int, int]:
@@ -193,7 +194,7 @@ def plan_forward(x: Tensor, bias: Tensor | None, y: Tensor, relu: bool) -> Launc
     constants = {"C": channels, "BIASED": bias is not None, "RELU": relu}
     if _in_rows(x):
         config = _config("rows_forward", x)
-        height, width = _rows_blocks(channels, config.block)
+        height, width = _rows_blocks(y, config.block)
         grid = (triton.cdiv(rows, height), triton.cdiv(channels, width))
         constants |= {"ROWS": height, "COLUMNS": width}
         return Launch(_rows_forward, grid, (*tensors, rows), constants, config.num_warps, height * width)
@@ -210,7 +211,7 @@ def plan_backward(grad: Tensor, y: Tensor, dz: Tensor, scale: float, summed: boo
     channels, rows = y.shape[1], y.numel() // max(1, y.shape[1])
     if _in_rows(y):
         config = _config("rows_backward", y)
-        height, width = _rows_blocks(channels, config.block)
+        height, width = _rows_blocks(y, config.block)
         tiles, across = triton.cdiv(rows, height), triton.cdiv(channels, width)
         steps = max(1, triton.cdiv(tiles * across, _PROGRAMS)) if summed else 1
         parts = triton.cdiv(tiles, steps)

@@ -122,7 +122,7 @@ class Table:
     def of(self, columns: Sequence[Sequence[Tensor]], block: int) -> tuple[Tensor, Tensor]:
         """``table`` and ``chunks`` for these tensors: parameters, gradients, momenta, fp32 weights."""
         device = columns[0][0].device
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(device)
         addresses = tuple(t.data_ptr() for column in columns for t in column)
         sizes = tuple(t.numel() for t in columns[0])
         if sizes != self.sizes or self.chunks is None:
@@ -141,6 +141,10 @@ class Table:
     @property
     def aligned(self) -> bool:
         return all(address % 16 == 0 for address in self.addresses)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _page_locked(count: int, device: torch.device) -> Tensor:
@@ -171,9 +175,9 @@ def plan(
 
 
 def sgd(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], masters: Sequence[Tensor],
+    table: Table, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], masters: Sequence[Tensor],
     lr: float | Tensor, momentum: float, decay: float, nesterov: bool, maximize: bool,
-    scaling: tuple[Tensor, Tensor] | None, table: Table,
+    scaling: tuple[Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
     """One step in place. ``masters`` are ``weights`` where those are fp32, ``buffers`` anything like them without momentum."""
     block = tuned("optim", weights[0].device).get("sgd", CONFIGS["sgd"]).block

@@ -121,15 +121,16 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, p: float = 0.0) -> Ten
     """
     why = _why_plain(x, weight, bias)
     if why is None and bias is not None and p < 1:
-        y = _on_kernel(*_as_autocast(x, weight, bias), p)
+        y = _on_kernel(_as_autocast(x, weight, bias), p)
         if y is not None:
             return y
     y = plain("linear_relu", why or "dropout of everything", reference.linear_relu, x, weight, bias)
     return F.dropout(y, p) if p else y
 
 
-def _on_kernel(x: Tensor, weight: Tensor, bias: Tensor, p: float) -> Tensor | None:
+def _on_kernel(tensors: tuple[Tensor, ...], p: float) -> Tensor | None:
     """The result, or None where no kernel can run; an error where one was asked for by name."""
+    x, weight, bias = tensors
     compiling = torch.compiler.is_compiling()
     if compiling and not runs_compiled("linear_relu", x.device, x.dtype):
         return None

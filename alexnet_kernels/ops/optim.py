@@ -39,14 +39,25 @@ def sgd(rows: list[Row], settings: Settings, tables: dict[Any, Any]) -> None:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         weight, grad = row.weight, row.grad
-        if grad.stride() != weight.stride():
+        if not _same_order(grad, weight):
             row = row._replace(grad=torch.empty_like(weight, dtype=grad.dtype).copy_(grad))
         groups.setdefault((weight.device, weight.dtype, grad.dtype, _is_dense(weight)), []).append(row)
     for key, members in groups.items():
-        dispatch.run("sgd", members, settings, tables, key)
+        here = settings
+        if settings.scaling is not None:
+            grad_scale, found_inf = (t.to(key[0], torch.float32, non_blocking=True) for t in settings.scaling)
+            here = settings._replace(scaling=(grad_scale, found_inf))
+        dispatch.run("sgd", members, here, tables, key)
 
 
 sgd._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would load torch._dynamo at import
+
+
+def _same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors of one shape have their elements in the same order; a dimension of 1 may have any stride."""
+    return a.stride() == b.stride() or all(
+        x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -54,10 +65,15 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
+def _columns(members: list[Row]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    weights, grads, buffers, masters = (list(column) for column in zip(*members, strict=True))
+    return weights, grads, buffers, masters
+
+
 def _triton_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> str | None:
     if not key[-1]:
         return "a parameter is neither contiguous nor channels_last"
-    if any(not _is_dense(t) or t.stride() != row.weight.stride() for row in members for t in row[2:]):
+    if any(not _is_dense(t) or not _same_order(t, row.weight) for row in members for t in row[2:]):
         return "the momentum or the fp32 copy of a parameter has other strides than it"
     if isinstance(settings.lr, Tensor) and settings.lr.device not in (torch.device("cpu"), members[0].weight.device):
         return f"lr is a tensor on {settings.lr.device}, the parameters are on {members[0].weight.device}"
@@ -70,13 +86,14 @@ def _triton(members: list[Row], settings: Settings, tables: dict[Any, Any], key:
     table, lr = tables.setdefault(key, kernel.Table()), settings.lr
     if isinstance(lr, Tensor) and lr.device != members[0].weight.device:
         settings = settings._replace(lr=float(lr))
-    kernel.sgd(*zip(*members, strict=True), *settings, table)
+    arguments: tuple[Any, ...] = settings
+    kernel.sgd(table, *_columns(members), *arguments)
     changed = [row.weight for row in members] + [row.master for row in members] + [row.buffer for row in members]
     torch.autograd.graph.increment_version(changed)
 
 
-def _reference(members: list[Row], settings: Settings, *_: Any) -> None:
-    reference.sgd(*(list(column) for column in zip(*members, strict=True)), *settings)
+def _reference(members: list[Row], settings: tuple[Any, ...], *_: Any) -> None:
+    reference.sgd(*_columns(members), *settings)
 
 
 # "triton" moves 20 bytes an element of a half parameter, torch's steps one after another 32 and more. Counted, not timed:
