@@ -140,6 +140,7 @@ def test_gradients_of_gradients() -> None:
     torch.testing.assert_close(second(both), second(one_by_one))
 
 
+BACKWARD = ["conv2d_dgrad", "conv2d_wgrad"]
 NUMBERS = (((1, 1), (1, 1), (1, 1), 1), ((1, 2), (1, 0), (1, 1), 2), ((1, 1), (1, 1), (1, 1), 2))
 
 
@@ -196,6 +197,9 @@ def test_explain_has_a_part_for_each_layer() -> None:
         said = ak.explain("conv2d_relu_chain", x.detach(), layers([t.detach() for t in rest]))
     assert [part.backend for part in said.parts] == ["triton"] * 3
     assert set(said.why_not) == set(dispatch.BACKENDS) - {"triton"}
+    with ak.use_backend("triton"):
+        said = ak.explain("conv2d_relu_chain", x.detach(), layers([t.detach() for t in rest[:2]] + rest[2:]))
+    assert [[part.op for part in layer.parts][2:] for layer in said.parts] == [[], ["conv2d_wgrad"], BACKWARD]
     with pytest.raises(RuntimeError, match="channel"):
         ak.explain(F.conv2d_relu_chain, x[:, :4], layers(rest))
 

@@ -293,6 +293,17 @@ def test_a_backend_that_is_asked_for_by_name_is_not_chosen_again(gpu: dict[str, 
         assert used == {backend}
 
 
+def test_a_start_between_two_vectors_is_no_batch_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(_choice, "choose", lambda facts, device: seen.append(facts.channels_last))
+    whole = torch.zeros(3 * 4 * 5 * 6 + 1, dtype=torch.bfloat16)
+    w = torch.zeros(6, 4, 3, 3, dtype=torch.bfloat16)
+    for start in (0, 1):
+        x = whole[start:][: 3 * 4 * 5 * 6].view(3, 5, 6, 4).permute(0, 3, 1, 2)
+        _conv_ways._choice_for("forward", x, w, ((1, 1), (1, 1), (1, 1), 1, None))
+    assert seen == [True, False]
+
+
 def test_an_image_of_too_many_elements() -> None:
     x = torch.empty(1, device="meta").expand(1, 2**10, 2**11, 2**11)
     assert "an image has 4294967296 elements" in (_conv_ways._triton_cannot(x) or "")

@@ -22,13 +22,15 @@ from ._conv_ways import Arguments
 from ._library import dense, is_direct, layout_of, wants_gradient
 
 Layer = tuple[Tensor, Tensor | None, Sequence[Any]]  # weight, bias, (stride, padding, dilation, groups)
+Plan = Sequence[Arguments]
+Gradients = list["Tensor | None"]
 
 
 class ConvChain(torch.autograd.Function):
     """``parameters`` are weight and bias of each layer in turn; ``plan`` has the layers' geometries."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Sequence[Arguments], x: Tensor, *parameters: Any) -> Tensor:
+    def forward(ctx: Any, plan: Plan, x: Tensor, *parameters: Any) -> Tensor:
         maps = [x]
         for args, weight, bias in zip(plan, parameters[::2], parameters[1::2], strict=True):
             maps.append(conv.forward(maps[-1], weight, bias, True, *args))
@@ -43,10 +45,6 @@ class ConvChain(torch.autograd.Function):
         run = _differentiable if torch.is_grad_enabled() else _gradients
         with dispatch.use_backend(ctx.backend):
             return None, *run(ctx.plan, grad, maps, parameters, ctx.needs_input_grad[1:])
-
-
-Plan = Sequence[Arguments]
-Gradients = list["Tensor | None"]
 
 
 def _gradients(plan: Plan, grad: Tensor, maps: Sequence[Tensor], parameters: Any, wanted: Sequence[bool]) -> Gradients:
@@ -98,6 +96,6 @@ def explain(x: Tensor, layers: Sequence[Layer]) -> dispatch.Explanation:
         parts.append(conv.explain("conv2d_relu", x, weight, bias, True, *geometry))
         stride, padding, dilation, groups = geometry
         y = torch.nn.functional.conv2d(x.to("meta"), weight.to("meta"), None, stride, padding, dilation, groups)
-        x = torch.empty_like(y, device=x.device)
+        x = torch.empty_like(y, device=x.device, requires_grad=wants_gradient(x, weight, bias))
     why_not = {name: why for part in parts for name, why in part.why_not.items()}
     return dispatch.Explanation.of_parts("conv2d_relu_chain", why_not, *parts)
