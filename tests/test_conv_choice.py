@@ -209,7 +209,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(_conv_ways, "triton_why_not", lambda x: None)
     monkeypatch.setattr(_conv_ways, "_cudnn_cannot", lambda x: None)
     monkeypatch.setattr(_conv_ways, "runs_ours", lambda y: False)
-    monkeypatch.setattr(conv, "_WHY_CPU", "not in this test")
 
     def choose(facts: Facts, device: torch.device) -> Choice:
         way = ways[facts.run]

@@ -40,7 +40,6 @@ from .composite import plain
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 _BACKWARD: tuple[Pass, ...] = ("dgrad", "wgrad")
-_WHY_CPU = "torch's own convolution runs on a CPU"
 _WHY_NO_KERNEL = "no kernel can run it"
 
 
@@ -228,9 +227,10 @@ def apply(
 ) -> Tensor:
     """Convolution, bias and ReLU of any ``x``, as the user's ``op``: by a kernel or cuDNN, torch's own everywhere else."""
     conv = (stride, padding, dilation, groups)
-    if is_torchs(x):
-        # here and not only where implementations are chosen: a call on a small tensor takes microseconds
-        return _plain(op, _WHY_CPU, x, weight, bias, relu, *conv)
+    if is_torchs(x):  # here and not where implementations are chosen: a call on a small tensor takes microseconds
+        dispatch.note("reference")
+        plainly: Any = reference.conv2d_relu if relu else torch.nn.functional.conv2d
+        return plainly(x, weight, bias, *conv)
     why, inputs, geometry = prepared(x, weight, bias, *conv)
     if why is None:
         batch, cast, added = inputs
