@@ -1,0 +1,151 @@
+"""The ways to run ``conv1``, ``stem`` and their gradient, and their rows in the dispatch table: compiled CUDA, plain torch.
+
+Both take dense tensors, and geometry as ``stem.py`` has it. Whatever can be known of a call without running it, the reasons
+here say in one line each; they look at dtypes, devices and channels alone, so that a compiler may ask with placeholders.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, channels_last
+
+from .. import _extension, dispatch, reference
+from . import pool
+from ._library import layout_of
+
+STRIDE = 4
+WINDOW = (3, 11, 11)
+_DEVICE = "cuda"
+_CHANNELS = (48, 64, 96)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_POOLING = (3, 3, 2, 2, 0, 0, 1, 1)
+
+Padding = Sequence[int]
+Map = tuple[Tensor, Tensor, Tensor]
+
+
+def _strict_fp32() -> bool:
+    """Whether torch's flags, by their old name or their new one, ask for more than tf32 in a convolution."""
+    conv = getattr(torch.backends.cudnn, "conv", None)  # the old flag raises where the new ones are mixed
+    return (conv.fp32_precision != "tf32") if conv is not None else not torch.backends.cudnn.allow_tf32
+
+
+@functools.cache
+def _library_why_not(op: str, index: int) -> str | None:
+    """Why the compiled ``op`` cannot run on this device: no library, one without the operation, or without code for it.
+
+    The last shows at a launch alone: one over the smallest image.
+    """
+    reason = _extension.why_not("cuda") or dispatch.old_gpu(index)
+    if reason is not None:
+        return reason
+    if not hasattr(torch.ops.alexnet_kernels_cuda, op):
+        return f"the compiled library is of another version and has no {op}; {_extension.REBUILD}"
+    device = torch.device(_DEVICE, index)
+    x, weight = torch.zeros(1, *WINDOW, device=device), torch.zeros(_CHANNELS[0], *WINDOW, device=device)
+    try:
+        _compiled("conv1")(x, weight, None, None, None, (0, 0, 0, 0), False)
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"the compiled library was built for another arch than sm_{major}{minor} (cuda:{index}); {_extension.REBUILD}"
+    return None
+
+
+def _compiled(op: str) -> Any:
+    return getattr(torch.ops.alexnet_kernels_cuda, op).default
+
+
+def _why_not(op: str, x: Tensor, weight: Tensor) -> str | None:
+    if weight.shape[0] not in _CHANNELS:
+        return f"written for {' or '.join(map(str, _CHANNELS))} output channels, not {weight.shape[0]}"
+    if weight.dtype not in _DTYPES:
+        return f"no kernel for {weight.dtype}"
+    if x.dtype not in (torch.uint8, *_DTYPES):
+        return f"no kernel for images in {x.dtype}"
+    if x.device.type != _DEVICE:
+        return f"no kernel for device {x.device.type!r}"
+    if weight.dtype == torch.float32 and _strict_fp32():
+        return "torch's tf32 flags ask for strict fp32, and tensor cores have tf32 (torch.backends.cudnn.allow_tf32 = True)"
+    return _library_why_not(op, x.device.index)
+
+
+def cuda_conv1_why_not(x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return _why_not("conv1", x, weight)
+
+
+def cuda_stem_why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    *_, size, _, _, _, groups, window, _, _, _ = args
+    if size != 5 or tuple(window) != _POOLING:
+        return "written for LRN over 5 channels and 3x3 windows with stride 2"
+    if weight.shape[0] % groups:
+        return f"groups={groups} does not divide {weight.shape[0]}"
+    return _why_not("stem", x, weight)
+
+
+def _cuda_backward_why_not(grad: Tensor, a: Tensor | None, x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    return _why_not("conv1_backward", x, weight)
+
+
+def _cuda_conv1(*args: Any) -> Tensor:
+    return _compiled("conv1")(*args)
+
+
+def _cuda_stem(*args: Any) -> Map:
+    return _compiled("stem")(*args)
+
+
+def _cuda_backward(*args: Any) -> Map:
+    return _compiled("conv1_backward")(*args)
+
+
+def _reference_conv1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    padding: Padding,
+    relu: bool,
+) -> Tensor:
+    return reference.conv1(x, weight, bias, mean, scale, STRIDE, padding, relu)
+
+
+def _reference_stem(*args: Any) -> Map:
+    *block, keep = args[7:]
+    a = _reference_conv1(*args[:7]).contiguous(memory_format=channels_last)
+    y, place = pool.in_layout(reference.lrn_pool(a, None, False, *block, keep), channels_last)
+    return y, a if keep else a.new_empty(0), place
+
+
+def _reference_backward(
+    grad: Tensor,
+    a: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    padding: Padding,
+    mask: Sequence[bool],
+) -> Map:
+    dx, dw, db = reference.conv1_backward(grad, a, x, weight, mean, scale, (STRIDE, STRIDE), padding, mask)
+    return _laid(dx, x), _laid(dw, weight), db
+
+
+def _laid(gradient: Tensor, like: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=layout_of(like)) if gradient.dim() == 4 else gradient
+
+
+# Not timed yet: bench/results/PENDING.md. The kernel reads 8-bit pixels where the other way writes and reads them again
+# prepared, and stores neither the map (without gradients) nor its normalisation.
+dispatch.register("conv1", "cuda", _cuda_conv1, cuda_conv1_why_not)
+dispatch.register("conv1", "reference", _reference_conv1, dispatch.never)
+dispatch.register("stem", "cuda", _cuda_stem, cuda_stem_why_not)
+dispatch.register("stem", "reference", _reference_stem, dispatch.never)
+dispatch.register("conv1_backward", "cuda", _cuda_backward, _cuda_backward_why_not)
+dispatch.register("conv1_backward", "reference", _reference_backward, dispatch.never)
