@@ -98,9 +98,9 @@ for _name, _run in (("conv1", conv1), ("stem", stem_by_two), ("conv1_backward", 
 
 def _stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_stem_ways, "_DEVICE", "cpu")
-    monkeypatch.setattr(_stem_ways, "_CHANNELS", (5, 6, 48))
+    monkeypatch.setattr(_stem_ways, "_CHANNELS", (8, 16, 48))
     monkeypatch.setattr(_stem_ways, "_DTYPES", (*_stem_ways._DTYPES, torch.float64))
-    monkeypatch.setattr(_stem_ways, "_library_why_not", lambda op, index: None)
+    monkeypatch.setattr(_stem_ways, "_library_why_not", lambda *_: None)
     monkeypatch.setattr(_stem_ways, "_compiled", lambda op: getattr(torch.ops.alexnet_kernels_contract, op).default)
 
 
@@ -133,7 +133,7 @@ def pixels(n: int = 2, height: int = 27, width: int = 31, layout: torch.memory_f
     return torch.randint(256, (n, 3, height, width), dtype=torch.uint8).contiguous(memory_format=layout)
 
 
-def weights(out: int = 6, dtype: torch.dtype = torch.float32, size: int = 11) -> tuple[Tensor, Tensor]:
+def weights(out: int = 16, dtype: torch.dtype = torch.float32, size: int = 11) -> tuple[Tensor, Tensor]:
     return (torch.randn(out, 3, size, size) / 200).to(dtype), torch.randn(out).to(dtype)
 
 
@@ -202,7 +202,7 @@ def test_a_padded_pixel_is_zero_not_black(either: str) -> None:
 @pytest.mark.parametrize("height", range(20, 28))
 def test_ceil_mode_hangs_over_as_the_2012_source(either: str, height: int) -> None:
     x, (w, b) = torch.randn(1, 3, height, 27), weights()
-    theirs = nn.CeilConv2d(3, 6, 11, 4)
+    theirs = nn.CeilConv2d(3, 16, 11, 4)
     theirs.weight.data, theirs.bias.data = w, b
     y = F.conv1(x, w, b, ceil_mode=True)
     assert y.shape[2:] == (math.ceil((height - 11) / 4) + 1, 5)
@@ -250,14 +250,14 @@ def test_nan_and_inf_as_torch(either: str, value: float) -> None:
 def test_empty_batch(either: str) -> None:
     w, b = (t.requires_grad_() for t in weights())
     y = F.alexnet_stem(pixels(2)[:0], w, b, **numbers())
-    assert y.shape == (0, 6, 2, 2)
+    assert y.shape == (0, 16, 2, 2)
     y.sum().backward()
     assert not w.grad.any() and not b.grad.any()
-    assert stem.stem(pixels()[:0], w, b, None, None, (0,) * 4, True, *BLOCK, False, True)[0].shape == (0, 6, 2, 2)
+    assert stem.stem(pixels()[:0], w, b, None, None, (0,) * 4, True, *BLOCK, False, True)[0].shape == (0, 16, 2, 2)
     found = stem.conv1_backward(
-        y.new_zeros(0, 6, 5, 6), None, torch.zeros(0, 3, 27, 31), w, None, None, (0,) * 4, [True] * 3
+        y.new_zeros(0, 16, 5, 6), None, torch.zeros(0, 3, 27, 31), w, None, None, (0,) * 4, [True] * 3
     )
-    assert [t.shape for t in found] == [(0, 3, 27, 31), w.shape, (6,)]
+    assert [t.shape for t in found] == [(0, 3, 27, 31), w.shape, (16,)]
 
 
 def test_more_than_two_to_the_31_elements() -> None:
@@ -299,7 +299,7 @@ def test_gradients_to_any_order(either: str, name: str, order: bool, kind: str, 
     if not direct:
         monkeypatch.setattr(stem, "is_direct", lambda *_: False)
     call = _calls(order)[name]
-    w, b = (t.double().requires_grad_() for t in weights(5))
+    w, b = (t.double().requires_grad_() for t in weights(8))
     image = pixels(1, 18, 19)
     if kind == "pixels":
         check = lambda w, b: call(image, w, b, mean=MEAN, scale=(0.05,) * 3)  # noqa: E731
@@ -315,7 +315,7 @@ def test_gradients_to_any_order(either: str, name: str, order: bool, kind: str, 
 @pytest.mark.parametrize("order", [False, True])
 def test_the_kept_map_is_differentiable_too(order: bool) -> None:
     """``a`` is a result of the operation: alone, and beside the pooled one."""
-    w, b = (t.double().requires_grad_() for t in weights(5))
+    w, b = (t.double().requires_grad_() for t in weights(8))
     x = ((pixels(1, 19, 19).double() - 120) / 20).requires_grad_()
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -371,8 +371,8 @@ def _op_arguments(order: bool, layout: torch.memory_format) -> dict[str, tuple[o
     x = torch.randn(2, 3, 21, 27).contiguous(memory_format=layout).requires_grad_()
     m, s = torch.tensor(MEAN), torch.tensor(SCALE)
     image = pixels(2, 21, 27, layout)
-    grad = torch.randn(2, 6, 4, 5).requires_grad_()
-    a = torch.randn(2, 6, 4, 5).relu()
+    grad = torch.randn(2, 16, 4, 5).requires_grad_()
+    a = torch.randn(2, 16, 4, 5).relu()
     return {
         "conv1": (stem.conv1, (x, w, b, None, None, UNEVEN, True)),
         "conv1 of pixels": (stem.conv1, (image, w.detach(), None, m, s, UNEVEN, False)),
@@ -401,7 +401,7 @@ def test_opcheck(either: str, name: str, layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("kind", ["pixels", "image"])
 def test_compiled(either: str, dynamic: bool, kind: str) -> None:
     torch._dynamo.reset()
-    module = nn.AlexNetStem(6, mean=MEAN, scale=(0.01,) * 3, ceil_mode=True)
+    module = nn.AlexNetStem(16, mean=MEAN, scale=(0.01,) * 3, ceil_mode=True)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
     for n, side in ((2, 25), (3, 28)):
@@ -416,7 +416,7 @@ def test_compiled(either: str, dynamic: bool, kind: str) -> None:
 
 
 def test_exported_and_traced(either: str) -> None:
-    module, x = nn.AlexNetStem(6, mean=MEAN, scale=SCALE).eval(), pixels()
+    module, x = nn.AlexNetStem(16, mean=MEAN, scale=SCALE).eval(), pixels()
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},)).module()
     for n in (2, 3):
         torch.testing.assert_close(exported(pixels(n)), module(pixels(n)), rtol=1e10, atol=1e10)  # shapes and dtypes
@@ -505,7 +505,7 @@ def test_a_backward_runs_where_its_forward_ran() -> None:
 
 REASONS = [
     ("written for 11x11 windows over 3 channels with stride 4", {"stride": 2}),
-    ("written for 48 or 64 or 96 output channels, not 6", {"out": 6}),
+    ("written for 48 or 64 or 96 output channels, not 16", {"out": 16}),
     ("no kernel for torch.float64", {"dtype": torch.float64}),
     ("no kernel for images in torch.float64", {"image": torch.float64}),
     ("no kernel for device 'cpu'", {}),
@@ -566,13 +566,16 @@ def test_a_library_for_another_arch_is_named_with_the_remedy(monkeypatch: pytest
     def fails(*_: object) -> Tensor:
         raise RuntimeError("conv1: no kernel image is available for execution on the device")
 
+    def shrinks(*_: object) -> Tensor:
+        raise RuntimeError("conv1: the device has too little shared memory for a block\nException raised from ...")
+
     def breaks(*_: object) -> Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
     def library(run: Callable[..., Tensor] | None) -> str | None:
         monkeypatch.setattr(_stem_ways, "_compiled", lambda op: run)
         _stem_ways._library_why_not.cache_clear()
-        return _stem_ways._library_why_not("conv1", 0)
+        return _stem_ways._library_why_not("conv1", 0, torch.float16, 48)
 
     operations = type("Operations", (), {"conv1": None})
     monkeypatch.setattr(_extension, "why_not", lambda name: None)
@@ -583,14 +586,27 @@ def test_a_library_for_another_arch_is_named_with_the_remedy(monkeypatch: pytest
     reason = library(fails)
     assert reason == f"the compiled library was built for another arch than sm_120 (cuda:0); {_extension.REBUILD}"
     assert library(lambda *_: torch.zeros(1)) is None
+    assert library(shrinks) == "conv1: the device has too little shared memory for a block"
     with pytest.raises(RuntimeError, match="illegal memory access"):
         library(breaks)
-    assert "has no stem; pip install" in _stem_ways._library_why_not("stem", 0)
+    assert "has no stem; pip install" in _stem_ways._library_why_not("stem", 0, torch.float16, 48)
     monkeypatch.setattr(dispatch, "old_gpu", lambda index: "cuda:1 is sm_75; the kernels need sm_80 or newer")
-    assert _stem_ways._library_why_not("conv1", 1) == "cuda:1 is sm_75; the kernels need sm_80 or newer"
+    assert (
+        _stem_ways._library_why_not("conv1", 1, torch.float16, 48) == "cuda:1 is sm_75; the kernels need sm_80 or newer"
+    )
     monkeypatch.setattr(_extension, "why_not", lambda name: "the compiled library is not there: it was not built")
-    assert "not there" in _stem_ways._library_why_not("conv1", 2)
+    assert "not there" in _stem_ways._library_why_not("conv1", 2, torch.float16, 48)
     _stem_ways._library_why_not.cache_clear()
+
+
+@pytest.mark.parametrize("op", list(CONTRACT))
+def test_the_smallest_call_is_one(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched to learn whether the library has code for a device runs, and has one window."""
+    _stand(monkeypatch)
+    arguments = _stem_ways._smallest(op, torch.device("cpu"), torch.float32, 48)
+    found = _stem_ways._compiled(op)(*arguments)
+    first = found if op == "conv1" else found[1 if op == "conv1_backward" else 0]
+    assert first.shape == ((48, 3, 11, 11) if op == "conv1_backward" else (1, 48, 1, 1))
 
 
 def test_the_compiled_operations_have_these_schemas() -> None:
@@ -679,7 +695,7 @@ def test_errors_of_torchs_functions_stay_torchs(either: str) -> None:
 
 def _layers(order: bool, groups: int = 1) -> list[tnn.Module]:
     norm, pool = nn.LocalResponseNorm(5, 0.02, k=2.0, groups=groups), tnn.MaxPool2d(3, 2)
-    return [tnn.Conv2d(3, 6, 11, 4, 2), tnn.ReLU(inplace=True), *((pool, norm) if order else (norm, pool))]
+    return [tnn.Conv2d(3, 16, 11, 4, 2), tnn.ReLU(inplace=True), *((pool, norm) if order else (norm, pool))]
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -693,7 +709,7 @@ def test_the_module_is_its_layers(either: str, order: bool) -> None:
     for again in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert relative(again(x), theirs) < 1e-6
     assert repr(module).startswith(
-        "AlexNetStem(3, 6, kernel_size=(11, 11), stride=(4, 4), padding=(2, 2), mean=(122.679"
+        "AlexNetStem(3, 16, kernel_size=(11, 11), stride=(4, 4), padding=(2, 2), mean=(122.679"
     )
     assert "norm_groups=2" in repr(module) and ("pool_first=True" in repr(module)) == order
 
@@ -707,7 +723,7 @@ def test_a_run_of_children_goes_to_the_kernel(either: str, order: bool) -> None:
     results = [(net(x), *torch.autograd.grad(net(x).sin().sum(), (x, *net.parameters()))) for net in (ours, theirs)]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert ("cuda" in ran(lambda: ours(x))) == (either == "kernel")
-    pixelwise = nn.PixelConv2d(3, 6, 11, 4, 2, mean=MEAN, scale=SCALE)
+    pixelwise = nn.PixelConv2d(3, 16, 11, 4, 2, mean=MEAN, scale=SCALE)
     pixelwise.load_state_dict(theirs[0].state_dict())
     net = nn.FusedSequential(pixelwise, *theirs[1:])
     assert [step.op for step in steps(net)] == ["alexnet_stem"]
@@ -734,7 +750,7 @@ def test_a_run_of_children_goes_to_the_kernel(either: str, order: bool) -> None:
 )
 def test_pixels_through_the_convolution(either: str, kind, channels: str, options: dict) -> None:
     """In the order of channels that the weights were trained with; in the ways that only torch knows, too."""
-    conv = kind(3, 6, 11, 4, mean=MEAN, scale=SCALE, channels=channels, **options)
+    conv = kind(3, 48, 11, 4, mean=MEAN, scale=SCALE, channels=channels, **options)
     image = pixels(2, 26, 28)
     prepared = reference.pixels(image, torch.tensor(MEAN), torch.tensor(SCALE), torch.float32)
     prepared = prepared.flip(1) if channels == "BGR" else prepared

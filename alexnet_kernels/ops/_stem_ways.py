@@ -35,26 +35,39 @@ def _strict_fp32() -> bool:
 
 
 @functools.cache
-def _library_why_not(op: str, index: int) -> str | None:
-    """Why the compiled ``op`` cannot run on this device: no library, one without the operation, or without code for it.
-
-    The last shows at a launch alone: one over the smallest image.
+def _library_why_not(op: str, index: int, dtype: torch.dtype, channels: int) -> str | None:
+    """Why the compiled ``op`` cannot run on this device: no library, one without the operation or without code for it, or too
+    little shared memory. The last two show at a launch alone: one over the smallest image.
     """
     reason = _extension.why_not("cuda") or dispatch.old_gpu(index)
     if reason is not None:
         return reason
     if not hasattr(torch.ops.alexnet_kernels_cuda, op):
         return f"the compiled library is of another version and has no {op}; {_extension.REBUILD}"
-    device = torch.device(_DEVICE, index)
-    x, weight = torch.zeros(1, *WINDOW, device=device), torch.zeros(_CHANNELS[0], *WINDOW, device=device)
     try:
-        _compiled("conv1")(x, weight, None, None, None, (0, 0, 0, 0), False)
+        _compiled(op)(*_smallest(op, torch.device(_DEVICE, index), dtype, channels))
     except RuntimeError as error:
-        if "no kernel image" not in str(error):
-            raise
-        major, minor = torch.cuda.get_device_capability(index)
-        return f"the compiled library was built for another arch than sm_{major}{minor} (cuda:{index}); {_extension.REBUILD}"
+        message = str(error).splitlines()[0]
+        if "no kernel image" in message:
+            major, minor = torch.cuda.get_device_capability(index)
+            arch = f"sm_{major}{minor} (cuda:{index})"
+            return f"the compiled library was built for another arch than {arch}; {_extension.REBUILD}"
+        if "shared memory" in message:
+            return message
+        raise
     return None
+
+
+def _smallest(op: str, device: torch.device, dtype: torch.dtype, channels: int) -> tuple[Any, ...]:
+    """Arguments of ``op`` with one window of the convolution, or of the pooling after it."""
+    side = 19 if op == "stem" else 11
+    x = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
+    weight = torch.zeros(channels, *WINDOW, dtype=dtype, device=device)
+    around = (0, 0, 0, 0)
+    if op == "conv1_backward":
+        return x.new_zeros(1, channels, 1, 1), None, x, weight, None, None, around, (False, True, True)
+    block = (5, 1.0, 0.75, 1.0, 1, _POOLING, False, False, True) if op == "stem" else ()
+    return x, weight, None, None, None, around, True, *block
 
 
 def _compiled(op: str) -> Any:
@@ -72,7 +85,7 @@ def _why_not(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"no kernel for device {x.device.type!r}"
     if weight.dtype == torch.float32 and _strict_fp32():
         return "torch's tf32 flags ask for strict fp32, and tensor cores have tf32 (torch.backends.cudnn.allow_tf32 = True)"
-    return _library_why_not(op, x.device.index)
+    return _library_why_not(op, x.device.index, weight.dtype, weight.shape[0])
 
 
 def cuda_conv1_why_not(x: Tensor, weight: Tensor, *_: Any) -> str | None:
@@ -83,12 +96,14 @@ def cuda_stem_why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
     *_, size, _, _, _, groups, window, _, _, _ = args
     if size != 5 or tuple(window) != _POOLING:
         return "written for LRN over 5 channels and 3x3 windows with stride 2"
-    if weight.shape[0] % groups:
-        return f"groups={groups} does not divide {weight.shape[0]}"
+    if weight.shape[0] % (8 * groups):
+        return "written for a multiple of 8 channels a group"
     return _why_not("stem", x, weight)
 
 
 def _cuda_backward_why_not(grad: Tensor, a: Tensor | None, x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    if any(t is not None and t.data_ptr() % 16 for t in (grad, a)):
+        return "reads 16 bytes at once, and a tensor begins between two of those"
     return _why_not("conv1_backward", x, weight)
 
 

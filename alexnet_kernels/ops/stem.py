@@ -299,8 +299,11 @@ def why_plain(image: Image, stride: Any, dilation: Any = 1, groups: int = 1) -> 
         return f"written for a bias of the weight's dtype, a number for each map, not {bias.dtype} {tuple(bias.shape)}"
     if any(t is not None and t.device != x.device for t in image[1:5]):
         return "written for tensors on one device"
-    if min(out_size(x, weight, padding)) < 1:
+    rows, columns = out_size(x, weight, padding)
+    if min(rows, columns) < 1:
         return f"no 11x11 window fits into {tuple(x.shape)}"
+    if max(3 * x.shape[2] * x.shape[3], 4 * weight.shape[0] * rows * columns) >= 2**31 or max(padding) >= 2**16:
+        return "written for images of less than 2^31 numbers, and maps of less than 2^31 bytes"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operations"
     return why_transformed()
