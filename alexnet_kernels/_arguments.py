@@ -135,7 +135,7 @@ def require_image(
         raise ValueError(
             f"padding={padding!r} must be a number, (rows, columns) or (top, bottom, left, right), none of them below 0"
         )
-    numbers = (None, None)
+    numbers: tuple[Tensor | None, Tensor | None] = (None, None)
     if mean is not None and scale is not None:
         numbers = _pixel_numbers(x, "mean", mean), _pixel_numbers(x, "scale", scale)
     return _stem.Image(x, weight, bias, *numbers, around)

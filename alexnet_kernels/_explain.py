@@ -95,9 +95,19 @@ def _plain_image(image: _stem.Image) -> tuple[Tensor, tuple[int, int]]:
     return _like(image.weight, x.shape), padding
 
 
-def explain_image(op: str, relu: bool, *tensors_and_conv: Any, ceil_mode: bool, **numbers: Any) -> Explanation:
-    *tensors, stride, padding = tensors_and_conv
-    image = require_image(*tensors, padding, **numbers)
+def explain_image(
+    op: str,
+    relu: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    *,
+    ceil_mode: bool,
+    **numbers: Any,
+) -> Explanation:
+    image = require_image(x, weight, bias, padding, **numbers)
     image = _taken(overhanging(image, stride) if ceil_mode else image)
     said = _stem.explain(op, image, (stride,), relu, None)
     if isinstance(said, Explanation):

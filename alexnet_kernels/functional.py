@@ -42,6 +42,31 @@ from .ops import pool as _pool
 from .ops import stem as _stem
 from .ops._library import Explanation
 
+__all__ = [
+    "AlphaMode",
+    "Channels",
+    "Convolution",
+    "Norm",
+    "Number",
+    "Pair",
+    "Pooling",
+    "Sides",
+    "Stem",
+    "alexnet_stem",
+    "conv1",
+    "conv1_relu",
+    "conv2d_relu",
+    "conv2d_relu_lrn_max_pool2d",
+    "conv2d_relu_max_pool2d_lrn",
+    "explain",
+    "linear_relu",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "max_pool2d_lrn",
+    "spatial_response_norm",
+]
+
 
 def local_response_norm(
     input: Tensor,

@@ -104,7 +104,9 @@ class PixelConv2d(torch.nn.Conv2d):
     """
 
     __prepare_scriptable__ = _refuse_script
-    ceil_mode = False
+    ceil_mode: bool = False
+    mean: Tensor | None
+    scale: Tensor | None
 
     def __init__(
         self,
@@ -126,80 +128,79 @@ class PixelConv2d(torch.nn.Conv2d):
     ) -> None:
         options = (stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, kernel_size, *options)  # type: ignore[arg-type]
-        _set_pixels(self, mean, scale, channels)
+        self.channels = channels
+        self._numbers = _pixel_numbers(mean, scale, in_channels, channels)
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        self._place_numbers()
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = _weights(self)
-        ordinary = ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias)))
-        if not ordinary or _why_not_image(self) is not None:
+        weight, bias = self._weights_for(input)
+        why_not = _why_not_image(self)
+        if why_not is not None or not ORDINARY_TENSORS.issuperset((type(input), type(weight), type(bias))):
             return super().forward(self._by_torch(input))
-        image = _image_arguments(self, input)
-        return F.conv1(input, *image, self.stride, self.padding, ceil_mode=self.ceil_mode, **_pixels(self, input))  # type: ignore[arg-type]
+        options = {"ceil_mode": self.ceil_mode, **self._pixels_of(input)}
+        return F.conv1(input, weight, bias, self.stride, self.padding, **options)  # type: ignore[arg-type]
 
     def _by_torch(self, input: Tensor) -> Tensor:
         """What torch's convolution is given: a prepared image in the weights' order of channels."""
-        if not isinstance(input, Tensor) or input.dtype != torch.uint8 or self.mean is None:
+        if not _are_pixels(input) or self.mean is None or self.scale is None:
             return input
         image = (input.float() - self.mean[:, None, None]) * self.scale[:, None, None]
         return (image.flip(-3) if self.channels == "BGR" else image).to(self.weight.dtype)
 
+    def _pixels_of(self, input: Tensor) -> dict[str, Any]:
+        """How ``input`` is still to be prepared; floating-point images are."""
+        return {"mean": self.mean, "scale": self.scale} if _are_pixels(input) else {}
+
+    def _weights_for(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``weight, bias``. Pixels are RGB: turning 35 thousand weights round is quicker than turning images."""
+        weight, bias = _weights(self)
+        return (weight.flip(1) if self.channels == "BGR" and _are_pixels(input) else weight), bias
+
+    def _place_numbers(self) -> None:
+        if self._numbers is not None:
+            self.mean, self.scale = (
+                torch.tensor(numbers, dtype=torch.float32, device=self.weight.device) for numbers in self._numbers
+            )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self.mean is not None:  # afresh: a half type would round them, and only their device is to follow
-            _set_numbers(self)
+        self._place_numbers()  # afresh: a half type would round them, and only their device is to follow
         return self
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _pixels_repr(self)
+        if self._numbers is None:
+            return super().extra_repr()
+        order = f", channels={self.channels!r}" if self.channels != "RGB" else ""
+        return f"{super().extra_repr()}, mean={self._numbers[0]}, scale={self._numbers[1]}{order}"
 
 
-def _set_pixels(
-    conv: torch.nn.Conv2d, mean: Sequence[float] | None, scale: Sequence[float] | None, channels: str
-) -> None:
-    """``mean`` and ``scale`` as buffers outside of ``state_dict``, beside the numbers that they are made from."""
-    if channels not in ("RGB", "BGR"):
-        raise ValueError(f"channels={channels!r} is no order of channels: 'RGB' or 'BGR', as the weights were trained")
-    if (mean is None) != (scale is None):
-        raise ValueError(f"mean={mean!r} without scale={scale!r}: (pixel - mean) * scale needs both")
-    conv.channels = channels
-    conv.register_buffer("mean", None, persistent=False)
-    conv.register_buffer("scale", None, persistent=False)
+def _are_pixels(input: object) -> bool:
+    return isinstance(input, Tensor) and input.dtype == torch.uint8
+
+
+def _pixel_numbers(
+    mean: Sequence[float] | None, scale: Sequence[float] | None, channels: int, order: str
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """``mean`` and ``scale`` of pixels, checked."""
+    if order not in ("RGB", "BGR"):
+        raise ValueError(f"channels={order!r} is no order of channels: 'RGB' or 'BGR', as the weights were trained")
+    if mean is None and scale is None:
+        return None
     if mean is None or scale is None:
-        return
-    conv._numbers = tuple(map(float, mean)), tuple(map(float, scale))
-    if {len(numbers) for numbers in conv._numbers} != {conv.in_channels}:
-        raise ValueError(f"mean={mean!r} and scale={scale!r} must be {conv.in_channels} numbers each, one a channel")
-    _set_numbers(conv)
+        raise ValueError(f"mean={mean!r}, scale={scale!r}: (pixel - mean) * scale needs both, or neither is given")
+    numbers = tuple(map(float, mean)), tuple(map(float, scale))
+    if (len(numbers[0]), len(numbers[1])) != (channels, channels):
+        raise ValueError(f"mean={mean!r}, scale={scale!r} must be {channels} numbers each, one a channel")
+    return numbers
 
 
-def _set_numbers(conv: Any) -> None:
-    conv.mean, conv.scale = (torch.tensor(v, dtype=torch.float32, device=conv.weight.device) for v in conv._numbers)
-
-
-def _pixels_repr(conv: Any) -> str:
-    if conv.mean is None:
-        return ""
-    mean, scale = conv._numbers
-    order = f", channels={conv.channels!r}" if conv.channels != "RGB" else ""
-    return f", mean={mean}, scale={scale}{order}"
-
-
-def _pixels(conv: Any, input: Tensor) -> dict[str, Tensor]:
-    """How ``input`` is prepared: floating-point images are."""
-    return {} if input.dtype != torch.uint8 or conv.mean is None else {"mean": conv.mean, "scale": conv.scale}
-
-
-def _image_arguments(conv: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    """``weight, bias`` for ``input``. Pixels are RGB: turning 35 thousand weights round is quicker than turning images."""
-    weight, bias = _weights(conv)
-    return (weight.flip(1) if input.dtype == torch.uint8 and conv.channels == "BGR" else weight), bias
-
-
-def _why_not_image(conv: PixelConv2d) -> str | None:
+def _why_not_image(conv: torch.nn.Conv2d) -> str | None:
     if isinstance(conv.padding, str):
         return f"padding={conv.padding!r}"
     if conv.groups != 1 or set(conv.dilation) != {1}:
-        return "groups or dilation"
+        return f"groups={conv.groups}, dilation={conv.dilation}"
     return _why_not_conv(conv)
 
 
@@ -260,8 +261,15 @@ class AlexNetStem(PixelConv2d):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options = {"bias": bias, "device": device, "dtype": dtype, "mean": mean, "scale": scale, "channels": channels}
-        super().__init__(3, out_channels, kernel_size, stride, padding, **options)  # type: ignore[arg-type]
+        options: Any = {
+            "bias": bias,
+            "device": device,
+            "dtype": dtype,
+            "mean": mean,
+            "scale": scale,
+            "channels": channels,
+        }
+        super().__init__(3, out_channels, kernel_size, stride, padding, **options)
         self.norm, self.pooling, self.pool_first = norm, pooling, pool_first
         self.norm_groups, self.alpha_mode, self.ceil_mode = groups, alpha_mode, ceil_mode
 
@@ -279,38 +287,30 @@ class AlexNetStem(PixelConv2d):
         """The same block, with the very parameters of ``conv`` and, where they are not given, its mean and scale.
 
         Raises:
-            ValueError: ``conv`` has groups, dilation, a padding mode or a padding in words; ``pool`` returns indices.
+            ValueError: ``conv`` has not 3 input channels, or has groups, dilation, a padding mode or a padding in words; ``pool``
+                returns indices.
         """
-        why = _why_not_image(conv) or _why_not_pool(pool)
-        if why is not None:
-            raise ValueError(f"{why}: a stem has none; leave the layers as they are")
-        if mean is None and scale is None:
-            mean, scale = getattr(conv, "_numbers", (None, None))
-        made = cls(
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            norm=_lrn_arguments(norm),
-            pooling=_pool_arguments(pool),
-            pool_first=pool_first,
-            ceil_mode=getattr(conv, "ceil_mode", False),
-            bias=conv.bias is not None,
-            mean=mean,
-            scale=scale,
-            channels=getattr(conv, "channels", "RGB"),
-            device="meta",
-            **_lrn_options(norm),
+        why = (
+            f"in_channels={conv.in_channels}" if conv.in_channels != 3 else _why_not_image(conv) or _why_not_pool(pool)
         )
+        if why is not None:
+            raise ValueError(f"{why}: a stem cannot have that; leave the layers as they are")
+        if mean is None and scale is None:
+            mean, scale = getattr(conv, "_numbers", None) or (None, None)
+        pixels = {"mean": mean, "scale": scale, "channels": getattr(conv, "channels", "RGB")}
+        options: Any = {"ceil_mode": getattr(conv, "ceil_mode", False), **_lrn_options(norm), **pixels}
+        block: Any = {"norm": _lrn_arguments(norm), "pooling": _pool_arguments(pool), "pool_first": pool_first}
+        size, stride, padding = conv.kernel_size, conv.stride, conv.padding
+        made = cls(conv.out_channels, size, stride, padding, **block, **options, device="meta")  # type: ignore[arg-type]
         made.weight, made.bias = conv.weight, conv.bias
-        if made.mean is not None:
-            _set_numbers(made)
+        made._place_numbers()
         return made.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        image, conv = _image_arguments(self, input), (self.stride, self.padding, self.ceil_mode)
-        options = {"groups": self.norm_groups, "alpha_mode": self.alpha_mode, **_pixels(self, input)}
-        return F.alexnet_stem(input, *image, conv, self.norm, self.pooling, pool_first=self.pool_first, **options)  # type: ignore[arg-type]
+        weight, bias = self._weights_for(input)
+        conv: Any = (self.stride, self.padding, self.ceil_mode)
+        options: Any = {"pool_first": self.pool_first, "groups": self.norm_groups, "alpha_mode": self.alpha_mode}
+        return F.alexnet_stem(input, weight, bias, conv, self.norm, self.pooling, **options, **self._pixels_of(input))
 
     def extra_repr(self) -> str:
         ceil = ", ceil_mode=True" if self.ceil_mode else ""
@@ -468,17 +468,19 @@ def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 def conv1_relu(input: Tensor, children: Children) -> Tensor:
     conv, _ = children
-    image, options = _image_arguments(conv, input), _pixels(conv, input)
-    return F.conv1_relu(input, *image, conv.stride, conv.padding, ceil_mode=conv.ceil_mode, **options)  # type: ignore[arg-type]
+    weight, bias = conv._weights_for(input)
+    options = {"ceil_mode": conv.ceil_mode, **conv._pixels_of(input)}
+    return F.conv1_relu(input, weight, bias, conv.stride, conv.padding, **options)
 
 
 def alexnet_stem(input: Tensor, children: Children) -> Tensor:
     conv, _, *others = children
     pool_first = isinstance(others[0], torch.nn.MaxPool2d)
     pool, norm = others if pool_first else reversed(others)
-    block = ((conv.stride, conv.padding, conv.ceil_mode), _lrn_arguments(norm), _pool_arguments(pool))
-    options = {"pool_first": pool_first, **_lrn_options(norm), **_pixels(conv, input)}
-    return F.alexnet_stem(input, *_image_arguments(conv, input), *block, **options)
+    options: dict[str, Any] = {"pool_first": pool_first, **_lrn_options(norm), **conv._pixels_of(input)}
+    weight, bias = conv._weights_for(input)
+    geometry = (conv.stride, conv.padding, conv.ceil_mode)
+    return F.alexnet_stem(input, weight, bias, geometry, _lrn_arguments(norm), _pool_arguments(pool), **options)
 
 
 def conv2d_relu(input: Tensor, children: Children) -> Tensor:

@@ -669,10 +669,10 @@ def test_errors_name_argument_value_and_remedy(either: str, function, kind, mess
         ("alpha_mode='max' is unknown", lambda: F.alexnet_stem(X, W, alpha_mode="max")),
         ("channels='GBR' is no order", lambda: nn.PixelConv2d(3, 6, 11, channels="GBR")),
         ("must be 3 numbers each", lambda: nn.AlexNetStem(mean=(1, 2), scale=(1, 1))),
-        (r"mean=\(1, 2, 3\) without scale=None", lambda: nn.PixelConv2d(3, 6, 11, mean=(1, 2, 3))),
-        ("groups or dilation: a stem has none", lambda: nn.AlexNetStem.from_layers(
+        (r"mean=\(1, 2, 3\), scale=None: .*needs both", lambda: nn.PixelConv2d(3, 6, 11, mean=(1, 2, 3))),
+        (r"dilation=\(2, 2\): a stem cannot have that", lambda: nn.AlexNetStem.from_layers(
             tnn.Conv2d(3, 6, 11, 4, dilation=2), tnn.LocalResponseNorm(5), tnn.MaxPool2d(3, 2))),
-        ("return_indices=True: a stem has none", lambda: nn.AlexNetStem.from_layers(
+        ("return_indices=True: a stem cannot have that", lambda: nn.AlexNetStem.from_layers(
             tnn.Conv2d(3, 6, 11, 4), tnn.LocalResponseNorm(5), tnn.MaxPool2d(3, 2, return_indices=True))),
     ],
 )  # fmt: skip
@@ -760,6 +760,16 @@ def test_pixels_through_the_convolution(either: str, kind, channels: str, option
     y.sum().backward()
     (dw,) = torch.autograd.grad(conv(prepared).sum(), conv.weight)
     assert relative(conv.weight.grad, dw) < 1e-5
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_traced_by_fx(channels: str) -> None:
+    """For floating-point images, as a tracer sees them: a proxy tells no dtype."""
+    conv = nn.PixelConv2d(3, 16, 11, 4, mean=MEAN, scale=SCALE, channels=channels)
+    block = nn.AlexNetStem.from_layers(conv, tnn.LocalResponseNorm(5), tnn.MaxPool2d(3, 2))
+    x = torch.randn(1, 3, 27, 27)
+    for module in (conv, block):
+        assert torch.equal(torch.fx.symbolic_trace(module)(x), module(x))
 
 
 def test_means_stay_fp32_and_follow_the_device() -> None:

@@ -132,9 +132,10 @@ def _reference_conv1(
 
 
 def _reference_stem(*args: Any) -> Map:
-    *block, keep = args[7:]
+    keep = args[-1]
     a = _reference_conv1(*args[:7]).contiguous(memory_format=channels_last)
-    y, place = pool.in_layout(reference.lrn_pool(a, None, False, *block, keep), channels_last)
+    block: Any = args[7:]
+    y, place = pool.in_layout(reference.lrn_pool(a, None, False, *block), channels_last)
     return y, a if keep else a.new_empty(0), place
 
 

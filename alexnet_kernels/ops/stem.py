@@ -392,7 +392,8 @@ Block = tuple[Norm, Pool, bool]  # what follows the convolution and its ReLU: no
 
 def explain(op: str, image: Image, conv: Sequence[Any], relu: bool, block: Block | None) -> dispatch.Explanation | str:
     """What runs ``op``: the kernel, or in one line why it does not. ``conv`` is stride, dilation and groups."""
-    why, name, rest = why_plain(image, *conv), "conv1", (relu,)
+    why, name = why_plain(image, *conv), "conv1"
+    rest: tuple[Any, ...] = (relu,)
     if block is not None:
         norm, pooling, pool_first = block
         window = pool.window_of(*pooling[:4])
