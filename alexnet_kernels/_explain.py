@@ -90,7 +90,7 @@ def _taken(image: _stem.Image) -> _stem.Image:
 
 
 def _plain_image(image: _stem.Image) -> tuple[Tensor, tuple[int, int]]:
-    """What :func:`prepared` gives, without its memory."""
+    """What ``stem.prepared`` makes of it, without its memory."""
     x, padding = _stem.prepared(_stem.Image(*_meta(*image)))
     return _like(image.weight, x.shape), padding
 
@@ -113,7 +113,8 @@ def explain_image(
     if isinstance(said, Explanation):
         return said
     x, left = _plain_image(image)
-    return _because(said, replace(explain_conv(x, image.weight, image.bias, stride, left, 1, 1), op=op))
+    explainer = explain_conv_relu if relu else explain_conv
+    return _because(said, replace(explainer(x, weight, bias, stride, left, 1, 1), op=op))
 
 
 def explain_conv1(*args: Any, **options: Any) -> Explanation:

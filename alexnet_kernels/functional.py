@@ -255,6 +255,22 @@ def _conv_and_rest(
         y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
         if y is not None:
             return y
+    return _by_parts(x, weight, bias, conv, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+
+
+def _by_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    groups: int,
+    alpha_mode: AlphaMode,
+    *,
+    pool_first: bool,
+) -> Tensor:
+    """The convolution by itself, and the rest in one where that can be."""
     a, left = _fused.convolve(x, weight, bias, *conv)
     if a.dim() != 4 or not a.numel() or not are_numbers(*norm):
         return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
@@ -410,6 +426,9 @@ def alexnet_stem(
         pooling: ``(kernel_size, stride, padding, dilation, ceil_mode)``.
         pool_first: CaffeNet's order; otherwise the paper's.
 
+    Raises:
+        TypeError, ValueError: as :func:`conv1` and :func:`local_response_norm`; ``input`` has not four dimensions.
+
     >>> pixels = torch.randint(256, (1, 227, 227, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     >>> alexnet_stem(pixels, torch.randn(96, 3, 11, 11), mean=(123, 117, 104), scale=(1, 1, 1)).shape
     torch.Size([1, 96, 27, 27])
@@ -425,9 +444,8 @@ def alexnet_stem(
         if y is not None:
             return y
     x, padding = _stem.prepared(image)
-    return _conv_and_rest(
-        x, weight, bias, (stride, padding, 1, 1), norm, pooling, groups, alpha_mode, pool_first=pool_first
-    )
+    convolution = (stride, padding, 1, 1)
+    return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first)
 
 
 def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:

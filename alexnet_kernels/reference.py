@@ -244,8 +244,10 @@ def lrn_pool_backward(
 
 def pixels(x: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(x - mean[c]) · scale[c]``, formed in fp32 (in fp64 for that), rounded to ``dtype``; the channels are dim -3."""
-    work = arithmetic_dtype(x.dtype) if x.is_floating_point() else torch.float32
-    return ((x.to(work) - mean[:, None, None]) * scale[:, None, None]).to(dtype)
+    z = x.to(
+        arithmetic_dtype(x.dtype)
+    )  # integers as they are: the subtraction converts them on the way, which saves a pass
+    return ((z - mean[:, None, None]) * scale[:, None, None]).to(dtype)
 
 
 def _image(x: Tensor, mean: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
