@@ -4,7 +4,7 @@
 ``use_backend`` and ``explain`` tell what runs. Importing this package loads neither Triton nor torchvision.
 """
 
-from . import functional, geometry, models, nn, reference
+from . import functional, geometry, models, nn, optim, reference
 from ._version import __version__
 from .convert import conversion_report, convert, revert
 from .dispatch import use_backend
@@ -19,6 +19,7 @@ __all__ = [
     "geometry",
     "models",
     "nn",
+    "optim",
     "reference",
     "revert",
     "use_backend",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import SymInt, Tensor
@@ -21,6 +21,7 @@ Convolution = tuple[Pair, Pair | str, Pair, int]
 Sides = tuple[int, int, int, int]
 Stem = tuple[Pair, Pair | Sides, bool]
 Channels = Sequence[float] | Tensor
+Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
 def require_tensor(name: str, value: object) -> None:
@@ -77,6 +78,17 @@ def require_maps(x: Tensor, size: int) -> None:
 
 def are_numbers(*coefficients: Number) -> bool:
     return not any(isinstance(value, Tensor) for value in coefficients)
+
+
+def require_precision(value: str | None) -> None:
+    if value is not None and value not in get_args(Precision):
+        known = ", ".join(map(repr, get_args(Precision)))
+        raise ValueError(f"precision={value!r} is unknown; use {known}, or None for what torch's flags say")
+
+
+def require_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p={p} must lie between 0 and 1: the share of the elements that dropout sets to 0")
 
 
 def block_of(

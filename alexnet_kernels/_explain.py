@@ -14,6 +14,7 @@ from ._arguments import (
     Norm,
     Number,
     Pooling,
+    Precision,
     Stem,
     are_numbers,
     block_of,
@@ -21,11 +22,16 @@ from ._arguments import (
     overhanging,
     require_image,
     require_maps,
+    require_precision,
+    require_probability,
     require_tensor,
     stem_image,
 )
 from .ops import composite as _composite
+from .ops import conv as _conv
+from .ops import conv_chain as _conv_chain
 from .ops import fused as _fused
+from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops import stem as _stem
@@ -56,23 +62,37 @@ def explain_spatial(x: Tensor, size: int, *_: float) -> Explanation:
     return _composite.explain("spatial_response_norm")
 
 
-def explain_conv(x: Tensor, weight: Tensor, *args: Any) -> Explanation:
+def explain_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, precision: Precision | None, relu: bool = True
+) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
-    reference.conv2d_relu(*_meta(x, weight, *args))
-    return _composite.explain("conv2d_relu")
+    require_precision(precision)
+    reference.conv2d_relu(*_meta(x, weight, bias, *args))
+    return _conv.explain("conv2d_relu" if relu else "conv2d", x, weight, bias, relu, *args, precision=precision)
 
 
-def explain_conv_relu(x: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> Explanation:
+def explain_conv_chain(x: Tensor, layers: Any) -> Explanation:
+    require_tensor("input", x)
+    (y,) = _meta(x)
+    for weight, bias, conv in layers:
+        require_tensor("weight", weight)
+        y = reference.conv2d_relu(y, *_meta(weight, bias), *conv)
+    return _conv_chain.explain(x, layers)
+
+
+def explain_conv_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any, precision: Precision | None = None
+) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
-    image, why = _stem.image_of(x, weight, bias, *conv), None
+    image, why = _stem.image_of(x, weight, bias, *conv) if precision is None else None, None
     if image is not None:
         said = _stem.explain("conv2d_relu", image, (conv[0],), True, None)
         if isinstance(said, Explanation):
             return said
         why = said
-    return _because(why, explain_conv(x, weight, bias, *conv))
+    return _because(why, explain_conv(x, weight, bias, *conv, precision=precision))
 
 
 def _because(why: str | None, explanation: Explanation) -> Explanation:
@@ -113,8 +133,8 @@ def explain_image(
     if isinstance(said, Explanation):
         return said
     x, left = _plain_image(image)
-    explainer = explain_conv_relu if relu else explain_conv
-    return _because(said, replace(explainer(x, weight, bias, stride, left, 1, 1), op=op))
+    general = explain_conv(x, weight, bias, stride, left, 1, 1, precision=None, relu=relu)
+    return _because(said, replace(general, op=op))
 
 
 def explain_conv1(*args: Any, **options: Any) -> Explanation:
@@ -155,7 +175,15 @@ def explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanatio
     require_tensor("input", x)
     require_tensor("weight", weight)
     reference.linear_relu(*_meta(x, weight, bias))
-    return _composite.explain("linear_relu")
+    return _linear.explain("linear_relu", x, weight, bias)
+
+
+def explain_linear_dropout(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, training: bool) -> Explanation:
+    require_tensor("input", x)
+    require_tensor("weight", weight)
+    require_probability(p)
+    reference.linear_relu(*_meta(x, weight, bias))
+    return _linear.explain("linear_relu_dropout", x, weight, bias, p if training else 0.0)
 
 
 def explain_pool(x: Tensor, *args: Any) -> Explanation:
@@ -212,11 +240,12 @@ def explain_conv_and_rest(
         if isinstance(whole, Explanation):
             return whole
         why = whole
-    first = explain_conv(x, weight, bias, *conv)
     a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
     rest = explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
+    in_one = not rest.parts  # then that operation has bias and ReLU too
+    left = None if in_one and x.device.type in _fused.BIAS_APART else bias
+    first = explain_conv(x, weight, left, *conv, precision=None, relu=not in_one)
     parts = rest.parts or (rest,)
-    first = first if rest.parts else replace(first, op="conv2d")
     return _because(why, Explanation.of_parts(op, first.why_not | rest.why_not, first, *parts))
 
 

@@ -213,7 +213,9 @@ def _triton_missing() -> str | None:
 
 @functools.cache
 def old_gpu(index: int) -> str | None:
-    """Why no kernel runs on this GPU: it is of an older kind than all of them are written for."""
+    """Why no kernel runs on this GPU: it is of an older kind than all of them are written for, or not there at all."""
+    if not torch.cuda.is_available():  # a fake tensor says that it is on one
+        return "no CUDA device is visible"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"cuda:{index} is sm_{major}{minor}; the kernels need sm_80 or newer"
 

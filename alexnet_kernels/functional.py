@@ -8,7 +8,7 @@ where the input's is neither of the two). Function transforms (``torch.func``, f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from ._arguments import (
     Number,
     Pair,
     Pooling,
+    Precision,
     Sides,
     Stem,
     are_numbers,
@@ -31,12 +32,17 @@ from ._arguments import (
     overhanging,
     require_image,
     require_maps,
+    require_precision,
+    require_probability,
     require_tensor,
     stem_image,
 )
 from ._explain import WHY_LEARNED
 from .ops import composite as _composite
+from .ops import conv as _conv
+from .ops import conv_chain as _conv_chain
 from .ops import fused as _fused
+from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
 from .ops import stem as _stem
@@ -50,16 +56,19 @@ __all__ = [
     "Number",
     "Pair",
     "Pooling",
+    "Precision",
     "Sides",
     "Stem",
     "alexnet_stem",
     "conv1",
     "conv1_relu",
     "conv2d_relu",
+    "conv2d_relu_chain",
     "conv2d_relu_lrn_max_pool2d",
     "conv2d_relu_max_pool2d_lrn",
     "explain",
     "linear_relu",
+    "linear_relu_dropout",
     "local_response_norm",
     "lrn_max_pool2d",
     "max_pool2d",
@@ -131,19 +140,46 @@ def conv2d_relu(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    *,
+    precision: Precision | None = None,
 ) -> Tensor:
-    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``."""
+    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``.
+
+    Args:
+        precision: of fp32 on a GPU, the backward's too: ``"tf32"``, factors rounded to 10 bits; ``"tf32x3"``, nearly fp32 by
+            three such products; ``"ieee"``, fp32. None: as ``torch.backends.cudnn`` says. Half types and CPUs do not heed it.
+
+    Raises:
+        TypeError: ``input`` or ``weight`` is no tensor.
+        ValueError: unknown ``precision``.
+    """
     if has_torch_function_variadic(input, weight, bias):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments)
+        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments, precision=precision)
     require_tensor("input", input)
     require_tensor("weight", weight)
-    image = _stem.image_of(input, weight, bias, stride, padding, dilation, groups)
-    if image is not None:
-        y = _stem.apply_conv1(image, relu=True)
+    require_precision(precision)
+    if precision is None:  # the kernel for images has tf32 alone, where torch's flags allow it
+        image = _stem.image_of(input, weight, bias, stride, padding, dilation, groups)
+        y = None if image is None else _stem.apply_conv1(image, relu=True)
         if y is not None:
             return y
-    return _composite.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
+
+
+def conv2d_relu_chain(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Convolution]]) -> Tensor:
+    """:func:`conv2d_relu` for each of ``layers``, ``(weight, bias, (stride, padding, dilation, groups))``, in a row.
+
+    Results, gradients and errors are those of single calls. Where a gradient is wanted on a GPU, the layers are one node of
+    autograd: the gradient that reaches a layer from the one above is masked, and summed for its bias, where it is computed.
+    """
+    tensors = (input, *(t for weight, bias, _ in layers for t in (weight, bias)))
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv2d_relu_chain, tensors, input, layers)
+    require_tensor("input", input)
+    for weight, _, _ in layers:
+        require_tensor("weight", weight)
+    return _conv_chain.apply(input, layers)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -152,7 +188,28 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
     require_tensor("input", input)
     require_tensor("weight", weight)
-    return _composite.linear_relu(input, weight, bias)
+    return _linear.apply(input, weight, bias)
+
+
+def linear_relu_dropout(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, p: float = 0.5, training: bool = True
+) -> Tensor:
+    """``dropout(relu(linear(input, weight, bias)), p, training)``: arguments, shapes and errors of torch's three functions.
+
+    Where no kernel runs, as on a CPU, the random numbers are torch's own. A kernel's come from a seed that torch's generator
+    draws: reproducible by ``torch.manual_seed``, and new at each replay of a CUDA graph. Dropped elements are 0 there even
+    where ReLU left NaN or infinity (torch multiplies, and has NaN).
+
+    Raises:
+        ValueError: ``p`` is below 0 or above 1.
+    """
+    tensors = (input, weight, bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(linear_relu_dropout, tensors, *tensors, p, training)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
+    require_probability(p)
+    return _linear.apply(input, weight, bias, p if training else 0.0)
 
 
 def max_pool2d(
@@ -338,9 +395,8 @@ def _convolve_image(image: _stem.Image, stride: Pair, ceil_mode: bool, relu: boo
             return y
     x, padding = _stem.prepared(image)
     if relu:
-        return conv2d_relu(x, image.weight, image.bias, stride, padding)
-    a, left = _fused.convolve(x, image.weight, image.bias, stride, padding, 1, 1)
-    return a if left is None else a.add_(left[:, None, None])
+        return _conv.apply("conv1_relu", x, image.weight, image.bias, True, stride, padding, 1, 1)
+    return _conv.apply("conv1", x, image.weight, image.bias, False, stride, padding, 1, 1)
 
 
 def conv1(
@@ -484,7 +540,9 @@ _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] 
     "conv1_relu": (conv1_relu, _explain.explain_conv1_relu),
     "alexnet_stem": (alexnet_stem, _explain.explain_stem),
     "conv2d_relu": (conv2d_relu, _explain.explain_conv_relu),
+    "conv2d_relu_chain": (conv2d_relu_chain, _explain.explain_conv_chain),
     "linear_relu": (linear_relu, _explain.explain_linear),
+    "linear_relu_dropout": (linear_relu_dropout, _explain.explain_linear_dropout),
     "max_pool2d": (max_pool2d, _explain.explain_pool),
     "lrn_max_pool2d": (lrn_max_pool2d, _explain.explain_lrn_pool),
     "max_pool2d_lrn": (max_pool2d_lrn, _explain.explain_pool_lrn),

@@ -488,9 +488,19 @@ def conv2d_relu(input: Tensor, children: Children) -> Tensor:
     return F.conv2d_relu(input, *_weights(conv), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def conv2d_relu_chain(input: Tensor, children: Children) -> Tensor:
+    layers = [(*_weights(c), (c.stride, c.padding, c.dilation, c.groups)) for c in children[::2]]
+    return F.conv2d_relu_chain(input, layers)
+
+
 def linear_relu(input: Tensor, children: Children) -> Tensor:
     linear, _ = children
     return F.linear_relu(input, *_weights(linear))
+
+
+def linear_relu_dropout(input: Tensor, children: Children) -> Tensor:
+    linear, _, dropout = children
+    return F.linear_relu_dropout(input, *_weights(linear), dropout.p, dropout.training)
 
 
 def lrn_max_pool2d(input: Tensor, children: Children) -> Tensor:
@@ -527,12 +537,15 @@ _LRN, _POOL = (torch.nn.LocalResponseNorm, LocalResponseNorm), (torch.nn.MaxPool
 _KNOWN = Known(  # a new run is a row; the function's name is what a report prints
     runs=(
         Run((_CONV, _RELU), conv2d_relu),
+        Run((_CONV, _RELU) * 2, conv2d_relu_chain),
+        Run((_CONV, _RELU) * 3, conv2d_relu_chain),
         Run((_CONV, _RELU, _LRN, _POOL), conv2d_relu_lrn_max_pool2d),
         Run((_CONV, _RELU, _POOL, _LRN), conv2d_relu_max_pool2d_lrn),
         Run((_IMAGE, _RELU), conv1_relu),
         Run((_IMAGE, _RELU, _LRN, _POOL), alexnet_stem),
         Run((_IMAGE, _RELU, _POOL, _LRN), alexnet_stem),
         Run((_LINEAR, _RELU), linear_relu),
+        Run((_LINEAR, _RELU, (torch.nn.Dropout,)), linear_relu_dropout),
         Run((_LRN, _POOL), lrn_max_pool2d),
         Run((_POOL, _LRN), max_pool2d_lrn),
     ),
@@ -549,7 +562,7 @@ _KNOWN = Known(  # a new run is a row; the function's name is what a report prin
 
 class FusedSequential(RunsAsOne):
     """``torch.nn.Sequential`` that runs known runs of its children as one operation: convolution or ``Linear`` and ReLU,
-    LRN and max pooling in either order.
+    ``Dropout`` after the latter, LRN and max pooling in either order.
 
     Every other child is called itself. Indexing, slicing, iterating, ``state_dict``, values and gradients are those of
     ``Sequential``. At each call, a run is fused only while nobody can see inside it: its members have exactly torch's

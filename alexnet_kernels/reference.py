@@ -118,9 +118,125 @@ def conv2d_relu(
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), inplace=True)
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv2d(x, weight) + bias``, then ``max(0, .)`` where ``relu``."""
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    return F.relu(y) if relu else y
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv2d` by x, weight and bias, those that ``mask`` names; the others have no elements.
+
+    ``y`` is the result where a ReLU made it: what it cut off has no gradient; NaN passes.
+    """
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    sizes = (weight.shape[0],)
+    found = torch.ops.aten.convolution_backward(
+        dz, x, weight, sizes, stride, padding, dilation, False, (0, 0), groups, tuple(mask)
+    )
+    dx, dw, db = (grad.new_empty(0) if g is None else g for g in found)
+    return dx, dw, db
+
+
+def conv2d_second_gradient(
+    by: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`conv2d_backward` by grad, x and weight, for the gradients ``by`` of its three results.
+
+    A convolution is linear in x and in weight, so they are convolutions again; torch's own double backward would do, but not
+    for shapes that are symbols.
+    """
+    by_dx, by_dw, by_db = by
+    geometry = (stride, padding, dilation, False, (0, 0), groups)
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    by_dz, by_x, by_weight = torch.zeros_like(grad), None, None
+    if mask[0]:
+        by_dz = by_dz + torch.convolution(by_dx, weight, None, *geometry)
+        backward = torch.ops.aten.convolution_backward(dz, by_dx, weight, None, *geometry, (False, True, False))
+        by_weight = backward[1]
+    if mask[1]:
+        by_dz = by_dz + torch.convolution(x, by_dw, None, *geometry)
+        by_x = torch.ops.aten.convolution_backward(dz, x, by_dw, None, *geometry, (True, False, False))[0]
+    if mask[2]:
+        by_dz = by_dz + by_db[:, None, None]
+    return by_dz if y is None else by_dz.masked_fill(y <= 0, 0), by_x, by_weight
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``max(0, x weightᵀ + bias)``; in place, for nobody else holds the sum."""
     return F.relu(F.linear(x, weight, bias), inplace=True)
+
+
+def linear_relu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, y: Tensor, p: float, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`linear_relu`, and :func:`dropout` of ``p`` after it, by ``x``, weight and bias, from the result ``y``.
+
+    What ReLU or dropout put to 0 is 0 in ``y``. A gradient that ``mask`` does not ask for has no elements.
+    """
+    dz = (grad * (1 / (1 - p))).masked_fill(y <= 0, 0).reshape(-1, weight.shape[0])
+    dx, dweight = linear_gradients(dz, x, weight, mask)
+    total = dz.sum(0, dtype=arithmetic_dtype(dz.dtype)).to(dz.dtype) if mask[2] else dz.new_empty(0)
+    return dx, dweight, total
+
+
+def linear_gradients(dz: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """``dx = dz weight`` and ``dweight = dzᵀ x`` of ``z = x weightᵀ``, as far as ``mask`` asks; ``dz`` is [M, O]."""
+    dx = (dz @ weight).view(x.shape) if mask[0] else dz.new_empty(0)
+    return dx, dz.t() @ x.reshape(-1, x.shape[-1]) if mask[1] else dz.new_empty(0)
+
+
+def random_words(seed: Tensor, count: int) -> Tensor:
+    """``count`` random words of 32 bits in int64: Philox 4x32 with 10 rounds (Salmon et al. 2011), four from each counter.
+
+    The key is the 64 bits of ``seed``, the counter ``i // 4`` in its lowest word: word ``i`` depends on ``seed`` and ``i`` alone.
+    """
+    low = 0xFFFFFFFF
+    counter = torch.arange((count + 3) // 4, device=seed.device) & low
+    zero = torch.zeros_like(counter)
+    words, keys = [counter, zero, zero, zero], [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        even, odd = (
+            words[0] * 0xD2511F53,
+            words[2] * 0xCD9E8D57,
+        )  # the upper halves wrap into the sign, which `& low` drops
+        words = [odd >> 32 & low ^ words[1] ^ keys[0], odd & low, even >> 32 & low ^ words[3] ^ keys[1], even & low]
+        keys = [keys[0] + 0x9E3779B9 & low, keys[1] + 0xBB67AE85 & low]
+    return torch.stack(words, 1).flatten()[:count]
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """``x / (1 - p)`` where the :func:`random_words` of ``seed`` (int64, one element) are ``p · 2^32`` or more, else 0."""
+    keep = random_words(seed, x.numel()).view(x.shape) >= round(p * 2**32)
+    return torch.where(keep, x * (1 / (1 - p)), 0.0)
 
 
 def max_pool2d(
@@ -242,11 +358,45 @@ def lrn_pool_backward(
     return g.to(x.dtype), dbias
 
 
+def sgd(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    masters: list[Tensor],
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    scaling: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """``d = g + weight_decay·w``, ``b ← momentum·b + d``, ``w ← w - lr·b`` (Nesterov: ``w - lr·(d + momentum·b)``), in place.
+
+    ``w`` are the ``masters``, in whose dtype all of it is; ``weights`` become them, rounded. ``scaling`` is a factor that the
+    gradients carry, and a number other than 0 where one of them is not finite: then nothing changes.
+    """
+    if scaling is not None and scaling[1].item():
+        return
+    g = [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)]
+    if scaling is not None:
+        g = [grad / scaling[0].to(grad) for grad in g]
+    if maximize:
+        g = list(torch._foreach_neg(g))
+    if weight_decay:
+        g = list(torch._foreach_add(g, masters, alpha=weight_decay))
+    if momentum:
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, g)
+        g = list(torch._foreach_add(g, buffers, alpha=momentum)) if nesterov else buffers
+    torch._foreach_add_(masters, g, alpha=-float(lr))
+    for weight, master in zip(weights, masters, strict=True):
+        if weight is not master:
+            weight.copy_(master)
+
+
 def pixels(x: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(x - mean[c]) · scale[c]``, formed in fp32 (in fp64 for that), rounded to ``dtype``; the channels are dim -3."""
-    z = x.to(
-        arithmetic_dtype(x.dtype)
-    )  # integers as they are: the subtraction converts them on the way, which saves a pass
+    z = x.to(arithmetic_dtype(x.dtype))  # integers stay: the subtraction converts them on the way, which saves a pass
     return ((z - mean[:, None, None]) * scale[:, None, None]).to(dtype)
 
 
@@ -269,7 +419,7 @@ def conv1(
     bias: Tensor | None,
     mean: Tensor | None,
     scale: Tensor | None,
-    stride: Pair,
+    stride: tuple[int, int],
     padding: Sequence[int],
     relu: bool,
 ) -> Tensor:
@@ -278,8 +428,7 @@ def conv1(
     ``padding`` is top, bottom, left, right: zeros around the prepared image. The result has the weight's dtype.
     """
     image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
-    a = F.conv2d(image, weight, bias, stride, left)
-    return F.relu(a) if relu else a
+    return conv2d(image, weight, bias, relu, stride, left, (1, 1), 1)
 
 
 def conv1_backward(
@@ -295,12 +444,10 @@ def conv1_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`conv1` by image, weight and bias, where ``mask`` asks for them (no elements where not); with ``a``,
     its result after ReLU, that of ReLU first. None by pixels: they are integers."""
-    g = grad if a is None else grad.masked_fill(a <= 0, 0)
     image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
-    options = ([weight.shape[0]], stride, left, (1, 1), False, (0, 0), 1, list(mask))
-    found = torch.ops.aten.convolution_backward(g, image, weight, *options)
-    dx, dw, db = (x.new_empty(0) if part is None else part for part in found)
-    if mask[0]:
-        top, _, start, _ = padding if left == (0, 0) else (0, 0, 0, 0)
-        dx = dx[..., top : top + x.shape[-2], start : start + x.shape[-1]].to(x.dtype)
+    dx, dw, db = conv2d_backward(grad, image, weight, a, stride, left, (1, 1), 1, mask)
+    if not mask[0]:
+        return x.new_empty(0), dw, db
+    top, _, start, _ = padding if left == (0, 0) else (0, 0, 0, 0)
+    dx = dx[..., top : top + x.shape[-2], start : start + x.shape[-1]].to(x.dtype)
     return dx, dw, db

@@ -33,6 +33,7 @@ CALLS = {
     "alexnet_stem": (lambda: (IMAGES, STEM), {"pool_first": True, "groups": 2}),
     "conv2d_relu": (lambda: (X, torch.randn(4, 16, 3, 3)), {"padding": 1}),
     "linear_relu": (lambda: (X, torch.randn(4, 3)), {}),
+    "linear_relu_dropout": (lambda: (X, torch.randn(4, 3)), {"p": 0.25}),
     "max_pool2d": (lambda: (X, 2), {}),
     "lrn_max_pool2d": (lambda: (X, 5), {"groups": 2}),
     "max_pool2d_lrn": (lambda: (X, 5), {"alpha_mode": "sum"}),

@@ -13,12 +13,13 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, for x, y and z
 # Compiled handles: the second launch of a kind calls what the first one compiled, past Triton's own look-up. They are asked
@@ -36,11 +37,24 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """What tuning may choose of a matrix product: how its rows are formed (``form``, whose meaning is the kernel file's), the
+    tile of results a program computes, the depth of a step, warps, and how many steps are in flight."""
+
+    form: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel and everything it is called with: run it, or compile it for a GPU that is not there.
 
-    ``args`` are positional, tensors first; on meta tensors a launch can be planned and compiled but not run.
-    ``elements`` is how many results one program computes.
+    ``args`` are positional, tensors first, then descriptors; on meta tensors a launch can be planned and compiled but not run.
+    ``elements`` is how many results one program computes. ``num_stages`` says nothing to a kernel whose loops have no product.
     """
 
     kernel: Any
@@ -49,10 +63,14 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     elements: int
+    num_stages: int = 3
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__.lstrip("_")
+
+
+_Choice = TypeVar("_Choice", Config, Tile)
 
 
 def table_of(gpu: str) -> Path:
@@ -61,13 +79,13 @@ def table_of(gpu: str) -> Path:
 
 
 @functools.cache
-def tuned(family: str, device: torch.device) -> dict[str, Config]:
-    """What ``make tune`` chose on this GPU for the kernels of one file; empty where it has not run."""
+def tuned(family: str, device: torch.device, kind: type[_Choice] = Config) -> dict[str, _Choice]:
+    """What ``make tune`` chose on this GPU for the kernels of one file, as ``kind``; empty where it has not run."""
     path = table_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if path is None or not path.exists():
         return {}
     try:
-        return {name: Config(**row) for name, row in json.loads(path.read_text())["kernels"].get(family, {}).items()}
+        return {name: kind(**row) for name, row in json.loads(path.read_text())["kernels"].get(family, {}).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path} is no tuned table ({error}); the built-in configurations are used", stacklevel=2)
         return {}
@@ -85,7 +103,8 @@ def run(launch: Launch) -> None:
         if key is not None and key in _handles:
             _run_handle(_handles[key], launch)
             return
-        compiled = launch.kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.num_warps)
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        compiled = launch.kernel[launch.grid](*launch.args, **launch.constants, **options)
         if key is not None:
             _handles[key] = compiled
 
@@ -104,15 +123,20 @@ def handle_key(launch: Launch) -> tuple[Any, ...]:
             kinds.append((value == 1, value % 16 == 0, -(2**31) <= value < 2**31))
         else:
             kinds.append(float)
-    return id(launch.kernel), launch.args[0].device, launch.num_warps, tuple(kinds), tuple(launch.constants.items())
+    options = launch.num_warps, launch.num_stages
+    return id(launch.kernel), launch.args[0].device, options, tuple(kinds), tuple(launch.constants.items())
 
 
 def _plain(launch: Launch) -> bool:
-    """Whether nothing but the launch itself is wanted of Triton: no interpreter, hooks, debugging or instrumentation."""
+    """Whether nothing but the launch itself is wanted of Triton: no interpreter, hooks, debugging or instrumentation, and no
+    descriptors, which Triton encodes anew at each launch."""
     knobs = triton.knobs
     hooked = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
     watched = knobs.runtime.debug or knobs.compilation.instrumentation_mode or hooked
-    return isinstance(launch.kernel, triton.JITFunction) and not launch.kernel.pre_run_hooks and not watched
+    described = any(isinstance(value, TensorDescriptor) for value in launch.args)
+    return (
+        isinstance(launch.kernel, triton.JITFunction) and not launch.kernel.pre_run_hooks and not (watched or described)
+    )
 
 
 def _run_handle(handle: Any, launch: Launch) -> None:
@@ -124,6 +148,13 @@ def _run_handle(handle: Any, launch: Launch) -> None:
         *grid[:3], stream, handle.function, handle.packed_metadata, None, None, None,
         *launch.args, *(launch.constants[name] for name in names),
     )  # fmt: skip
+
+
+def resident(registers: int, shared_bytes: int, num_warps: int) -> int:
+    """Blocks that one multiprocessor of an H100 or H200 holds at once: 64 K registers given out by 256 a warp, 228 KB of shared
+    memory of which each block costs 1 KB more than it asks for, 64 warps, 32 blocks."""
+    a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (a_warp * num_warps), 233472 // (shared_bytes + 1024), 64 // num_warps, 32)
 
 
 def index_type(count: int) -> tl.dtype:

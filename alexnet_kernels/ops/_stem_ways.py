@@ -15,6 +15,7 @@ from torch import Tensor, channels_last
 
 from .. import _extension, dispatch, reference
 from . import pool
+from ._conv_ways import torchs_precision
 from ._library import layout_of
 
 STRIDE = 4
@@ -26,12 +27,6 @@ _POOLING = (3, 3, 2, 2, 0, 0, 1, 1)
 
 Padding = Sequence[int]
 Map = tuple[Tensor, Tensor, Tensor]
-
-
-def _strict_fp32() -> bool:
-    """Whether torch's flags, by their old name or their new one, ask for more than tf32 in a convolution."""
-    conv = getattr(torch.backends.cudnn, "conv", None)  # the old flag raises where the new ones are mixed
-    return (conv.fp32_precision != "tf32") if conv is not None else not torch.backends.cudnn.allow_tf32
 
 
 @functools.cache
@@ -83,7 +78,7 @@ def _why_not(op: str, x: Tensor, weight: Tensor) -> str | None:
         return f"no kernel for images in {x.dtype}"
     if x.device.type != _DEVICE:
         return f"no kernel for device {x.device.type!r}"
-    if weight.dtype == torch.float32 and _strict_fp32():
+    if weight.dtype == torch.float32 and torchs_precision() != "tf32":
         return "torch's tf32 flags ask for strict fp32, and tensor cores have tf32 (torch.backends.cudnn.allow_tf32 = True)"
     return _library_why_not(op, x.device.index, weight.dtype, weight.shape[0])
 
@@ -128,7 +123,7 @@ def _reference_conv1(
     padding: Padding,
     relu: bool,
 ) -> Tensor:
-    return reference.conv1(x, weight, bias, mean, scale, STRIDE, padding, relu)
+    return reference.conv1(x, weight, bias, mean, scale, (STRIDE, STRIDE), padding, relu)
 
 
 def _reference_stem(*args: Any) -> Map:

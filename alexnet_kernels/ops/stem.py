@@ -4,7 +4,7 @@ first block, on images.
 ``conv1`` is the 11x11 convolution with stride 4, its bias, and ReLU where asked for; ``stem`` is response normalisation and
 max pooling of that, in either order, in one. An image is floating point, or 8-bit pixels that become
 ``(x - mean[c]) · scale[c]`` on the way in (``reference.pixels``); ``padding`` is top, bottom, left, right, zeros around the
-prepared image. Results have the weight's dtype, and are channels_last where the image is uint8 or channels_last.
+prepared image. Results have the weight's dtype, and are channels_last where image or weight are, or the image is uint8.
 
 Kept for backward are the image as it came, the map after ReLU (``a``, channels_last) and pooling's ``place``. ``a`` is a
 result of ``stem`` like any other, so the second gradient finds its way through it. Under autocast :func:`apply_conv1` and
@@ -24,6 +24,7 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
 from . import fused, pool
+from ._conv_ways import layout_for
 from ._library import AUTOCAST_KEYS, LIBRARY, dense, is_direct, layout_of, wants_gradient, why_transformed
 from ._stem_ways import STRIDE, WINDOW, Map, Padding, cuda_conv1_why_not, cuda_stem_why_not
 from .fused import Norm, Pool
@@ -41,9 +42,9 @@ class Image(NamedTuple):
     padding: Padding
 
 
-def _layout(x: Tensor) -> memory_format:
-    """Of the results: decoders hand pixels over with the channels innermost, and a network goes on so."""
-    return channels_last if x.dtype == torch.uint8 else layout_of(x)
+def _layout(x: Tensor, weight: Tensor) -> memory_format:
+    """Of the results: decoders hand pixels over with the channels innermost, and a network goes on so; else torch's rule."""
+    return channels_last if x.dtype == torch.uint8 else layout_for(x, weight)
 
 
 def out_size(
@@ -59,14 +60,14 @@ def _conv1(chosen: dispatch.Implementation | None, x: Tensor, weight: Tensor, *a
     if x.numel() == 0:
         return _fake_conv1(x, weight, *args)
     y = _perform("conv1", chosen, dense(x), dense(weight), *args)
-    return y.contiguous(memory_format=_layout(x))
+    return y.contiguous(memory_format=_layout(x, weight))
 
 
 def _stem(chosen: dispatch.Implementation | None, x: Tensor, weight: Tensor, *args: Any) -> Map:
     if x.numel() == 0:
         return _fake_stem(x, weight, *args)
     y, a, place = _perform("stem", chosen, dense(x), dense(weight), *args)
-    return y.contiguous(memory_format=_layout(x)), a, place
+    return y.contiguous(memory_format=_layout(x, weight)), a, place
 
 
 def _perform(op: str, chosen: dispatch.Implementation | None, x: Tensor, weight: Tensor, *args: Any) -> Any:
@@ -114,7 +115,7 @@ def _empty_map(x: Tensor, weight: Tensor, padding: Padding, layout: memory_forma
 
 @register_fake("alexnet_kernels::conv1", lib=LIBRARY)
 def _fake_conv1(x: Tensor, weight: Tensor, bias: Any, mean: Any, scale: Any, padding: Padding, relu: bool) -> Tensor:
-    return _empty_map(x, weight, padding, _layout(x))
+    return _empty_map(x, weight, padding, _layout(x, weight))
 
 
 @register_fake("alexnet_kernels::stem", lib=LIBRARY)
@@ -124,7 +125,7 @@ def _fake_stem(
     *_, window, ceil_mode, _, keep = args
     a = _empty_map(x, weight, padding, channels_last)
     y, place = pool.empty_outputs(a, window, ceil_mode, keep)
-    return torch.empty_like(y, memory_format=_layout(x)), a if keep else a.new_empty(0), place
+    return torch.empty_like(y, memory_format=_layout(x, weight)), a if keep else a.new_empty(0), place
 
 
 @register_fake("alexnet_kernels::conv1_backward", lib=LIBRARY)

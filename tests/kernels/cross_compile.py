@@ -40,6 +40,10 @@ class Compiled:
     elements_per_thread: float
     opcodes: dict[str, int]  # by full name, LDG.E.128
     ptx: str
+    serialized: int  # complaints of ptxas that it had to wait for each wgmma
+    registers_feed: int  # wgmma whose first operand comes by way of registers, not straight from shared memory
+    outstanding: list[int]  # for each loop with wgmma, how many may be unfinished when the next step begins
+    blocks_per_sm: int
 
     def count(self, opcode: str) -> int:
         """How many instructions are ``opcode``, with any suffixes."""
@@ -68,12 +72,16 @@ def _signature(launch: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[
         torch.bfloat16: "*bf16",
         torch.uint8: "*u8",
         torch.int64: "*i64",
+        torch.int32: "*i32",
     }
     names = launch.kernel.arg_names
     signature, constants, attributes = dict.fromkeys(names, "constexpr"), dict(launch.constants), {}
     for place, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if isinstance(value, int) and value == 1:
-            constants[name] = 1
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            continue
+        if hasattr(value, "block_shape"):
+            signature[name] = f"tensordesc<{types[value.base.dtype][1:]}{list(value.block_shape)}>"
             continue
         if isinstance(value, torch.Tensor):
             signature[name], divisible = types[value.dtype], True
@@ -96,15 +104,40 @@ def _longest_loop(instructions: list[tuple[int, str, str]]) -> int:
     return longest
 
 
+def _wgmma_loops(ttgir: str) -> list[int]:
+    """The least ``pendings`` of the waits of each loop that has a wgmma; a loop ends where its own brace does."""
+    loops = re.findall(r"^( *)(?:%\S+ = )?scf\.for .*?\n(.*?)^\1\}", ttgir, re.MULTILINE | re.DOTALL)
+    return [
+        min(map(int, re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", body)), default=-1)
+        for _, body in loops
+        if "ttng.warp_group_dot " in body
+    ]
+
+
+def _serialized(tools: Path, ptx: str, arch: int) -> int:
+    """How often ptxas says so; a hint that it only gives when it is asked to be verbose."""
+    if "wgmma" not in ptx:
+        return 0
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(ptx)
+        source.flush()
+        command = [tools / "ptxas", f"-arch=sm_{arch}a", "-v", source.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return said.count("serialized")
+
+
 def _compile(label: str, launch: Any, arch: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from alexnet_kernels.kernels._launch import resident
+
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     signature, constants, attributes = _signature(launch)
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": launch.num_warps})
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -125,6 +158,10 @@ def _compile(label: str, launch: Any, arch: int) -> Compiled:
         launch.elements / (32 * launch.num_warps),
         dict(Counter(opcode for _, opcode, _ in found)),
         kernel.asm["ptx"],
+        _serialized(tools, kernel.asm["ptx"], arch),
+        len(re.findall(r"ttng\.warp_group_dot [^\n]*: *tensor<", kernel.asm["ttgir"])),
+        _wgmma_loops(kernel.asm["ttgir"]),
+        resident(resources["REG"], kernel.metadata.shared, launch.num_warps),
     )
 
 

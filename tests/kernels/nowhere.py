@@ -25,22 +25,32 @@ class Nowhere:
 
 
 def addresses(launch: Launch, program: int, monkeypatch: pytest.MonkeyPatch) -> tuple[set[int], ...]:
-    """Elements that program ``program`` of ``launch`` touches in each of its tensors, nothing being read or written."""
+    """Elements that program ``program`` of ``launch`` touches in each tensor and descriptor, nothing being read or written."""
     import numpy as np
     from triton.runtime import interpreter
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     builder, grids = interpreter.interpreter_builder, interpreter.GridExecutor
-    tensors = [a for a in launch.args if isinstance(a, Tensor)]
-    pointers = [Nowhere((i + 1) << 44, t.dtype) for i, t in enumerate(tensors)]
-    touched: list[set[int]] = [set() for _ in pointers]
+    tensors: list[Tensor] = []
+    arguments: list[Any] = []
+
+    def nowhere(tensor: Tensor) -> Nowhere:
+        tensors.append(tensor)
+        return Nowhere(len(tensors) << 44, tensor.dtype)
+
+    for a in launch.args:
+        if isinstance(a, TensorDescriptor):
+            a = TensorDescriptor(nowhere(a.base), a.shape, a.strides, a.block_shape)
+        arguments.append(nowhere(a) if isinstance(a, Tensor) else a)
+    touched: list[set[int]] = [set() for _ in tensors]
 
     def record(ptrs: Any, mask: Any) -> None:
-        data, real = np.broadcast_arrays(ptrs.data, mask.data)
+        data, real = np.broadcast_arrays(ptrs.data, np.asarray(mask.data, bool))
         for address in data[real].astype(object).flatten():
             which = (address >> 44) - 1
             touched[which].add((address & (1 << 44) - 1) // tensors[which].element_size())
 
-    def load(ptrs: Any, mask: Any, other: Any, *_: Any) -> Any:
+    def load(ptrs: Any, mask: Any, other: Any, *_: Any, **__: Any) -> Any:
         record(ptrs, mask)
         return other
 
@@ -49,5 +59,5 @@ def addresses(launch: Launch, program: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builder, "set_grid_idx", lambda *_: setattr(builder, "grid_idx", (program, 0, 0)))
     monkeypatch.setattr(grids, "_init_args_hst", lambda _, args, kwargs: (list(args), kwargs))
     monkeypatch.setattr(grids, "_restore_args_dev", lambda *_: None)
-    launch.kernel[(1,)](*pointers, *launch.args[len(pointers) :], **launch.constants)
+    launch.kernel[(1,)](*arguments, **launch.constants)
     return tuple(touched)

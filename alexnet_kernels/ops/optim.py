@@ -1,0 +1,85 @@
+"""The optimiser's step, over lists of tensors and in place: no schema of ``torch.library``, for nothing differentiates it.
+
+A compiler that meets it stops there and calls it as it is, as its tensors are found by their addresses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ._library import triton_why_not
+
+
+class Settings(NamedTuple):
+    """What every parameter of a step shares; ``scaling`` is ``GradScaler``'s scale and its count of infinities."""
+
+    lr: float | Tensor
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    scaling: tuple[Tensor, Tensor] | None
+
+
+class Row(NamedTuple):
+    """One parameter: ``master`` is ``weight`` itself unless that is a half type, ``buffer`` too where there is no momentum."""
+
+    weight: Tensor
+    grad: Tensor
+    buffer: Tensor
+    master: Tensor
+
+
+def sgd(rows: list[Row], settings: Settings, tables: dict[Any, Any]) -> None:
+    """One step of all ``rows``, those of one device and dtype together; ``tables`` is the caller's, to hold what is made once."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        weight, grad = row.weight, row.grad
+        if grad.stride() != weight.stride():
+            row = row._replace(grad=torch.empty_like(weight, dtype=grad.dtype).copy_(grad))
+        groups.setdefault((weight.device, weight.dtype, grad.dtype, _is_dense(weight)), []).append(row)
+    for key, members in groups.items():
+        dispatch.run("sgd", members, settings, tables, key)
+
+
+sgd._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compiler.disable would load torch._dynamo at import
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _triton_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> str | None:
+    if not key[-1]:
+        return "a parameter is neither contiguous nor channels_last"
+    if any(not _is_dense(t) or t.stride() != row.weight.stride() for row in members for t in row[2:]):
+        return "the momentum or the fp32 copy of a parameter has other strides than it"
+    if isinstance(settings.lr, Tensor) and settings.lr.device not in (torch.device("cpu"), members[0].weight.device):
+        return f"lr is a tensor on {settings.lr.device}, the parameters are on {members[0].weight.device}"
+    return triton_why_not(members[0].weight) or triton_why_not(members[0].grad)
+
+
+def _triton(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> None:
+    from ..kernels import optim as kernel
+
+    table, lr = tables.setdefault(key, kernel.Table()), settings.lr
+    if isinstance(lr, Tensor) and lr.device != members[0].weight.device:
+        settings = settings._replace(lr=float(lr))
+    kernel.sgd(*zip(*members, strict=True), *settings, table)
+    changed = [row.weight for row in members] + [row.master for row in members] + [row.buffer for row in members]
+    torch.autograd.graph.increment_version(changed)
+
+
+def _reference(members: list[Row], settings: Settings, *_: Any) -> None:
+    reference.sgd(*(list(column) for column in zip(*members, strict=True)), *settings)
+
+
+# "triton" moves 20 bytes an element of a half parameter, torch's steps one after another 32 and more. Counted, not timed:
+# bench/results/PENDING.md.
+dispatch.register("sgd", "triton", _triton, _triton_why_not)
+dispatch.register("sgd", "reference", _reference, dispatch.never)
