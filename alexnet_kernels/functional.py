@@ -17,18 +17,25 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from . import _explain, reference
 from ._arguments import (
     AlphaMode,
+    Channels,
     Convolution,
     Norm,
     Number,
     Pair,
     Pooling,
     Precision,
+    Sides,
+    Stem,
     are_numbers,
+    block_of,
     lrn_scale,
+    overhanging,
+    require_image,
     require_maps,
     require_precision,
     require_probability,
     require_tensor,
+    stem_image,
 )
 from ._explain import WHY_LEARNED
 from .ops import composite as _composite
@@ -38,7 +45,36 @@ from .ops import fused as _fused
 from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
+from .ops import stem as _stem
 from .ops._library import Explanation
+
+__all__ = [
+    "AlphaMode",
+    "Channels",
+    "Convolution",
+    "Norm",
+    "Number",
+    "Pair",
+    "Pooling",
+    "Precision",
+    "Sides",
+    "Stem",
+    "alexnet_stem",
+    "conv1",
+    "conv1_relu",
+    "conv2d_relu",
+    "conv2d_relu_chain",
+    "conv2d_relu_lrn_max_pool2d",
+    "conv2d_relu_max_pool2d_lrn",
+    "explain",
+    "linear_relu",
+    "linear_relu_dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "max_pool2d_lrn",
+    "spatial_response_norm",
+]
 
 
 def local_response_norm(
@@ -123,6 +159,11 @@ def conv2d_relu(
     require_tensor("input", input)
     require_tensor("weight", weight)
     require_precision(precision)
+    if precision is None:  # the kernel for images has tf32 alone, where torch's flags allow it
+        image = _stem.image_of(input, weight, bias, stride, padding, dilation, groups)
+        y = None if image is None else _stem.apply_conv1(image, relu=True)
+        if y is not None:
+            return y
     return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
 
 
@@ -266,6 +307,27 @@ def _conv_and_rest(
 ) -> Tensor:
     require_tensor("input", x)
     require_tensor("weight", weight)
+    image = _stem.image_of(x, weight, bias, *conv)
+    if image is not None:
+        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        if y is not None:
+            return y
+    return _by_parts(x, weight, bias, conv, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+
+
+def _by_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    groups: int,
+    alpha_mode: AlphaMode,
+    *,
+    pool_first: bool,
+) -> Tensor:
+    """The convolution by itself, and the rest in one where that can be."""
     a, left = _fused.convolve(x, weight, bias, *conv)
     if a.dim() != 4 or not a.numel() or not are_numbers(*norm):
         return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
@@ -316,6 +378,132 @@ def conv2d_relu_max_pool2d_lrn(
     return _conv_and_rest(*tensors, *arguments, groups, alpha_mode, pool_first=True)
 
 
+def _stem_in_one(
+    image: _stem.Image, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
+) -> Tensor | None:
+    block = block_of(image.weight, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+    return None if block is None else _stem.apply_stem(image, *block)
+
+
+def _convolve_image(image: _stem.Image, stride: Pair, ceil_mode: bool, relu: bool) -> Tensor:
+    if ceil_mode:
+        image = overhanging(image, stride)
+    image = _stem.taken(image)
+    if _stem.why_plain(image, stride) is None:
+        y = _stem.apply_conv1(image, relu)
+        if y is not None:
+            return y
+    x, padding = _stem.prepared(image)
+    if relu:
+        return _conv.apply("conv1_relu", x, image.weight, image.bias, True, stride, padding, 1, 1)
+    return _conv.apply("conv1", x, image.weight, image.bias, False, stride, padding, 1, 1)
+
+
+def conv1(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 4,
+    padding: Pair | Sides = 0,
+    *,
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``conv2d((input - mean) * scale, weight, bias, stride, padding)``: the first convolution, whose input is images.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, floating point or uint8 pixels, in either memory format: what a decoder
+            hands over as ``[H, W, C]`` is ``channels_last``.
+        weight, bias: of the convolution. Its dtype is the result's (the autocast's, under that); a floating-point input of
+            another dtype is converted.
+        stride: windows' distance; the CUDA kernel is for 4, with an 11x11 weight of 3 channels. Any other runs as torch's.
+        padding: a number, (rows, columns) or (top, bottom, left, right): zeros, around the normalised image.
+        mean, scale: C numbers each, a sequence or a tensor (which saves copying them at each call); a pixel becomes
+            ``(pixel - mean) * scale``, in fp32. Both or neither; uint8 needs them.
+        ceil_mode: the last windows may hang over the right and bottom edge, onto zeros.
+
+    Raises:
+        TypeError: ``input`` or ``weight`` is no tensor; ``input`` is an integer other than uint8.
+        ValueError: ``mean`` or ``scale`` is missing, or has not C numbers; bad ``padding``; tensors on two devices.
+
+    >>> pixels = torch.full((1, 3, 11, 11), 130, dtype=torch.uint8)
+    >>> conv1(pixels, torch.ones(1, 3, 11, 11), mean=(128, 128, 128), scale=(0.5, 0.5, 0.5)).item() == 11 * 11 * 3
+    True
+    """
+    tensors, options = (input, weight, bias), {"mean": mean, "scale": scale, "ceil_mode": ceil_mode}
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv1, tensors, *tensors, stride, padding, **options)
+    return _convolve_image(require_image(*tensors, padding, mean, scale), stride, ceil_mode, relu=False)
+
+
+def conv1_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 4,
+    padding: Pair | Sides = 0,
+    *,
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """:func:`conv1` and the ReLU after it; the same arguments and errors.
+
+    >>> conv1_relu(torch.ones(1, 3, 227, 227), torch.randn(96, 3, 11, 11)).shape
+    torch.Size([1, 96, 55, 55])
+    """
+    tensors, options = (input, weight, bias), {"mean": mean, "scale": scale, "ceil_mode": ceil_mode}
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv1_relu, tensors, *tensors, stride, padding, **options)
+    return _convolve_image(require_image(*tensors, padding, mean, scale), stride, ceil_mode, relu=True)
+
+
+def alexnet_stem(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    conv: Stem = (4, 0, False),
+    norm: Norm = (5, 1e-4, 0.75, 2.0),
+    pooling: Pooling = (3, 2, 0, 1, False),
+    *,
+    pool_first: bool = False,
+    groups: int = 1,
+    alpha_mode: AlphaMode = "mean",
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+) -> Tensor:
+    """AlexNet's first block in one: :func:`lrn_max_pool2d` of :func:`conv1_relu`, or :func:`max_pool2d_lrn` of it.
+
+    Args:
+        input, weight, bias, mean, scale: as for :func:`conv1`; four dimensions.
+        conv: ``(stride, padding, ceil_mode)`` of the convolution.
+        norm: ``(size, alpha, beta, k)``; ``groups`` and ``alpha_mode`` are the norm's too.
+        pooling: ``(kernel_size, stride, padding, dilation, ceil_mode)``.
+        pool_first: CaffeNet's order; otherwise the paper's.
+
+    Raises:
+        TypeError, ValueError: as :func:`conv1` and :func:`local_response_norm`; ``input`` has not four dimensions.
+
+    >>> pixels = torch.randint(256, (1, 227, 227, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    >>> alexnet_stem(pixels, torch.randn(96, 3, 11, 11), mean=(123, 117, 104), scale=(1, 1, 1)).shape
+    torch.Size([1, 96, 27, 27])
+    """
+    tensors, arguments = (input, weight, bias), (conv, norm, pooling)
+    if has_torch_function_variadic(*tensors):
+        options = {"pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode, "mean": mean, "scale": scale}
+        return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **options)
+    stride, image = stem_image(*tensors, conv, mean, scale)
+    image = _stem.taken(image)
+    if _stem.why_plain(image, stride) is None:
+        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        if y is not None:
+            return y
+    x, padding = _stem.prepared(image)
+    convolution = (stride, padding, 1, 1)
+    return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+
+
 def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:
     """What a call would run, and why nothing else would, without running it.
 
@@ -348,7 +536,10 @@ def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Expla
 _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] = {
     "local_response_norm": (local_response_norm, _explain.explain_lrn),
     "spatial_response_norm": (spatial_response_norm, _explain.explain_spatial),
-    "conv2d_relu": (conv2d_relu, _explain.explain_conv),
+    "conv1": (conv1, _explain.explain_conv1),
+    "conv1_relu": (conv1_relu, _explain.explain_conv1_relu),
+    "alexnet_stem": (alexnet_stem, _explain.explain_stem),
+    "conv2d_relu": (conv2d_relu, _explain.explain_conv_relu),
     "conv2d_relu_chain": (conv2d_relu_chain, _explain.explain_conv_chain),
     "linear_relu": (linear_relu, _explain.explain_linear),
     "linear_relu_dropout": (linear_relu_dropout, _explain.explain_linear_dropout),

@@ -392,3 +392,62 @@ def sgd(
     for weight, master in zip(weights, masters, strict=True):
         if weight is not master:
             weight.copy_(master)
+
+
+def pixels(x: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x - mean[c]) · scale[c]``, formed in fp32 (in fp64 for that), rounded to ``dtype``; the channels are dim -3."""
+    z = x.to(arithmetic_dtype(x.dtype))  # integers stay: the subtraction converts them on the way, which saves a pass
+    return ((z - mean[:, None, None]) * scale[:, None, None]).to(dtype)
+
+
+def _image(x: Tensor, mean: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if mean is None or scale is None else pixels(x, mean, scale, dtype)
+
+
+def even_padding(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """``x`` and what a convolution is still to pad, rows and columns: nothing where ``padding``, which is top, bottom, left,
+    right, is uneven and has been put around ``x``."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def conv1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    stride: tuple[int, int],
+    padding: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Convolution of images, and ReLU where asked for: ``x`` is floating point, or pixels that :func:`pixels` prepares.
+
+    ``padding`` is top, bottom, left, right: zeros around the prepared image. The result has the weight's dtype.
+    """
+    image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
+    return conv2d(image, weight, bias, relu, stride, left, (1, 1), 1)
+
+
+def conv1_backward(
+    grad: Tensor,
+    a: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    stride: tuple[int, int],
+    padding: Sequence[int],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv1` by image, weight and bias, where ``mask`` asks for them (no elements where not); with ``a``,
+    its result after ReLU, that of ReLU first. None by pixels: they are integers."""
+    image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
+    dx, dw, db = conv2d_backward(grad, image, weight, a, stride, left, (1, 1), 1, mask)
+    if not mask[0]:
+        return x.new_empty(0), dw, db
+    top, _, start, _ = padding if left == (0, 0) else (0, 0, 0, 0)
+    dx = dx[..., top : top + x.shape[-2], start : start + x.shape[-1]].to(x.dtype)
+    return dx, dw, db
