@@ -7,6 +7,7 @@ errors grow like √K at most where they are independent; 8 stands for what a ba
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -51,25 +52,42 @@ def in_double(inputs: list[Tensor], relu_of: Tensor | None, g: Tensor, geometry:
     return z.detach() * mask, *torch.autograd.grad(z, doubles, g.double() * mask)
 
 
-@pytest.mark.parametrize("name", list(SHAPES))
-@pytest.mark.parametrize(("dtype", "layout"), list(zip(EPS, LAYOUTS, strict=True)))
-def test_values_and_gradients(name: str, dtype: torch.dtype, layout, device: torch.device) -> None:
+def check(name: str, dtype: torch.dtype, layout, device: torch.device, backend: str) -> set[str]:
+    """Hold result and gradients to fp64, and their strides to torch's; the backends that ran."""
     inputs, geometry = of(name, dtype, device, layout)
-    with ak.use_backend("triton"), dispatch.recording() as used:
+    with ak.use_backend(backend), dispatch.recording() as used:
         y = F.conv2d_relu(*inputs, *geometry, precision="ieee")
     g = torch.randn_like(y)
     with dispatch.recording() as later:
         found = torch.autograd.grad(y, inputs, g)
-    assert used == later == {"triton"}
     expected = in_double(inputs, y.detach(), g, geometry)
-    terms = (inputs[1][0].numel(), y[0, 0].numel() * len(y), y[0, 0].numel() * len(y), y[0, 0].numel() * len(y))
-    for got, want, k in zip((y, *found), expected, terms, strict=True):
-        # dz, which backward starts from, is rounded once more where it is stored
+    pixels = y[:, 0].numel()
+    # Roundings: of the result, which cuDNN's way rounds before and after the bias; of dz, which backward starts from.
+    for got, want, terms in zip((y, *found), expected, (inputs[1][0].numel(), *[pixels] * 3), strict=True):
         assert got.dtype == dtype
-        assert relative(got.double(), want) <= 2 * EPS[dtype] + 8 * 2.0**-24 * math.sqrt(k)
-    theirs = TF.conv2d(*inputs, *geometry)
-    assert y.stride() == theirs.stride()
+        assert relative(got.double(), want) <= 2 * EPS[dtype] + 8 * 2.0**-24 * math.sqrt(terms)
+    assert y.stride() == TF.conv2d(*inputs, *geometry).stride()
     assert found[1].stride() == inputs[1].stride()
+    return used | later
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize(("dtype", "layout"), list(zip(EPS, LAYOUTS, strict=True)))
+def test_values_and_gradients(name: str, dtype: torch.dtype, layout, device: torch.device) -> None:
+    assert check(name, dtype, layout, device, "triton") == {"triton"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize("backend", ["cudnn", "auto"])
+@pytest.mark.parametrize(("dtype", "layout"), list(itertools.product(EPS, LAYOUTS)))
+def test_cudnns_way_and_the_chosen_one(name: str, backend: str, dtype: torch.dtype, layout) -> None:
+    """Strict fp32 under either setting of torch's flag, which is left as it was."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    used = check(name, dtype, layout, torch.device("cuda"), backend)
+    assert used <= {"cudnn", "triton"}
+    assert backend == "auto" or used == {"cudnn", "triton"}, "bias, ReLU and their gradient are passes of this package"
+    assert torch.backends.cudnn.conv.fp32_precision == before
 
 
 def test_the_operation_and_compiled_code(device: torch.device) -> None:
