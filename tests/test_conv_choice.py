@@ -309,7 +309,11 @@ def test_an_image_of_too_many_elements() -> None:
 
 
 def test_without_triton_cudnn_runs_whatever_a_table_says(gpu: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> Choice:
+        raise ImportError("the table is read with Triton's modules")
+
     monkeypatch.setattr(_conv_ways, "triton_why_not", lambda x: "Triton is not installed")
+    monkeypatch.setattr(_choice, "choose", missing)
     inputs = [torch.randn(s, requires_grad=True) for s in ((2, 4, 5, 6), (6, 2, 3, 3), (6,))]
     with dispatch.recording() as used:
         run(*inputs)
@@ -322,3 +326,17 @@ def test_the_reference_is_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (x, w, None, False, (1, 1), (0, 0), (1, 1), 2, None)
     assert dispatch.choose("conv2d", *args).backend == "reference"
     assert torch.equal(dispatch.run("conv2d", *args), reference.conv2d(*args[:-1]))
+
+
+def test_the_page_says_what_the_model_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "kernels" / "conv_choice.md").read_text(encoding="utf-8")
+    conv4 = CONV3._replace(shape=(256, 384, 13, 13), weight=(384, 192, 3, 3), groups=2)
+    layers = {"conv2": CONV2, "conv3": CONV3, "conv4": conv4, "conv5": conv4._replace(weight=(256, 192, 3, 3))}
+    for name, facts in layers.items():
+        (row,) = re.findall(rf"^\| {name}[ ,].*", page, re.MULTILINE)
+        _, _, share, *ratios, _ = (cell.strip() for cell in row.split("|"))
+        assert share == f"{_choice.planned(facts)[1]:.3f}"
+        for run, said in zip(PASSES, ratios, strict=True):
+            choice = _choice.model(facts._replace(run=run, epilogue=run == "forward" and name != "conv2"), SM90)
+            factor = re.findall(r"cuDNN (\S+) times", choice.why)
+            assert said == ": ".join([*factor, *["cuDNN"] * (choice.way == "cudnn")])

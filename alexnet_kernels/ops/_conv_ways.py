@@ -191,8 +191,10 @@ def cudnn_wgrad(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor | N
 
 
 def is_split(run: Pass, x: Tensor, weight: Tensor, args: Arguments, epilogue: bool = False) -> bool:
-    """Whether cuDNN runs a pass group by group."""
-    return args[3] > 1 and _choice_for(run, x, weight, args, epilogue).torchs == "cudnn split"
+    """Whether cuDNN runs a pass group by group, by the table; that is read with Triton's modules, and only where they are."""
+    if args[3] == 1 or _triton_cannot(x) is not None:
+        return False
+    return _choice_for(run, x, weight, args, epilogue).torchs == "cudnn split"
 
 
 # ------------------------------------------------------------------------------------- around a convolution: bias and ReLU
