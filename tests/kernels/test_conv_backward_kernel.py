@@ -218,7 +218,7 @@ def test_any_shape(data: st.DataObject, tiles: Callable[..., None]) -> None:
     innermost = form == "tile" or data.draw(st.booleans())
     problem = Problem.of((images, groups * depth, *size), (groups * width, depth, *taps), *g, 2)
     steps = sum(choice.issued(k, problem, t) / (t.block_m * 16 * t.block_k) for k, t in (("input", dx), ("weight", dw)))
-    assume(steps <= 80)
+    assume(steps <= 60)
     check_exact((images, groups * depth, *size), (groups * width, depth, *taps), g, torch.float16, innermost)
 
 
@@ -410,7 +410,7 @@ def test_tuned_tiles_are_taken() -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts the products that the interpreter makes")
-@pytest.mark.parametrize("case", [TILED[i] for i in (0, 2, 4, 5, 7)] + [(*c, PIXELS, PIXELS, 2) for c in ROWED[1:4]])
+@pytest.mark.parametrize("case", [TILED[i] for i in (2, 4, 5, 7)] + [(*c, PIXELS, PIXELS, 2) for c in ROWED[1:3]])
 def test_products_issued_are_those_counted(
     case: Any, tiles: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
