@@ -19,7 +19,7 @@ help:
 	@echo 'make gpu       on a machine with a GPU: its tests, timings and ceilings, as JSON and a log in OUT=$(OUT);'
 	@echo '               PYTHON=python3 runs it with that Python as it is, and installs nothing;'
 	@echo '               GPU_PROFILE=quick (4 minutes) or full (9), GPU_SECONDS=N, GPU_DRY_RUN=1 only lists the steps'
-	@echo 'make tune      on a machine with a GPU: the fastest launch of each kernel, as a table that is then used'
+	@echo 'make tune      on a machine with a GPU: the fastest launch of each kernel, and where cuDNN is faster, as a table'
 	@echo 'make venv      only make, or bring up to date, $(VENV), which the others do first when needed'
 	@echo 'make clean     remove $(VENV) and the tools'"'"' caches'
 	@echo
@@ -62,6 +62,7 @@ gpu: $(if $(PYTHON),,venv)
 
 tune: $(if $(PYTHON),,venv)
 	$(or $(PYTHON),$(BIN)/python) -m bench.tune --work $(OUT) $(ARGS)
+	$(or $(PYTHON),$(BIN)/python) -m bench.choose --work $(OUT) $(ARGS)
 
 clean:
 	@sh tools/venv.sh --remove $(VENV)

@@ -23,7 +23,11 @@ _OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LocalResponseNorm: nn.LocalResponseNorm,
     torch.nn.MaxPool2d: nn.MaxPool2d,
 }
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()} | {nn.PixelConv2d: torch.nn.Conv2d}
+_EXTRAS: dict[type[torch.nn.Module], tuple[str, ...]] = {  # attributes that torch's class has not
+    nn.LocalResponseNorm: ("groups", "alpha_mode"),
+    nn.PixelConv2d: ("mean", "scale", "channels", "_numbers"),
+}
 
 
 def convert(model: M) -> M:
@@ -57,8 +61,9 @@ def convert(model: M) -> M:
 def revert(model: M) -> M:
     """Undo :func:`convert`, in place: every module that a class of torch can stand for has that class again.
 
-    That holds for modules built as ours too: where it came from cannot be seen in a module. Those that torch has no class
-    for (``ConvReLU2d``, an LRN with ``groups`` or ``alpha_mode="sum"``, ...) stay as they are.
+    That holds for modules built as ours too: where it came from cannot be seen in a module. A ``PixelConv2d`` takes
+    floating-point images alone from then on. Those that torch has no class for (``ConvReLU2d``, ``AlexNetStem``, an LRN with
+    ``groups`` or ``alpha_mode="sum"``, ...) stay as they are.
 
     Raises:
         TypeError: ``model`` is not a module, or was made by ``torch.jit``.
@@ -70,8 +75,10 @@ def revert(model: M) -> M:
     _check(model, "reverted")
     for module in model.modules():
         if _is_revertible(module):
-            vars(module).pop("groups", None)  # an LRN built as ours; torch's has neither
-            vars(module).pop("alpha_mode", None)
+            for name in _EXTRAS.get(type(module), ()):
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
+                vars(module).pop(name, None)
             module.__class__ = _TORCHS[type(module)]
     return model
 

@@ -56,7 +56,9 @@ class Explanation:
     def __str__(self) -> str:
         head = f"{self.op} runs on {self.backend}"
         if self.parts:
+            said = {reason for part in self.parts for reason in part.why_not.values()}
             lines = "\n".join(map(str, self.parts)).splitlines()
+            lines += [f"not {name} in one: {reason}" for name, reason in self.why_not.items() if reason not in said]
             return head + f", as {len(self.parts)} operations" + "".join(f"\n  {line}" for line in lines)
         return head + "".join(f"\n  not {name}: {reason}" for name, reason in self.why_not.items())
 
@@ -210,7 +212,10 @@ def _triton_missing() -> str | None:
 
 
 @functools.cache
-def _old_gpu(index: int) -> str | None:
+def old_gpu(index: int) -> str | None:
+    """Why no kernel runs on this GPU: it is of an older kind than all of them are written for, or not there at all."""
+    if not torch.cuda.is_available():  # a fake tensor says that it is on one
+        return "no CUDA device is visible"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"cuda:{index} is sm_{major}{minor}; the kernels need sm_80 or newer"
 
@@ -220,7 +225,7 @@ def triton_why_not(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | No
     if x.dtype not in dtypes:
         return f"no kernel for {x.dtype}"
     if x.is_cuda:
-        return _triton_missing() or ("no kernel for ROCm" if torch.version.hip else _old_gpu(x.device.index))
+        return _triton_missing() or ("no kernel for ROCm" if torch.version.hip else old_gpu(x.device.index))
     if not x.is_cpu:
         return f"no kernel for device {x.device.type!r}"
     if requested() != "triton":  # first, because it is quick: reading the environment costs a microsecond on every call

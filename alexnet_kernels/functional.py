@@ -8,68 +8,73 @@ where the input's is neither of the two). Function transforms (``torch.func``, f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
-from numbers import Integral
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import SymInt, Tensor, empty_like
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from . import reference
+from . import _explain, reference
+from ._arguments import (
+    AlphaMode,
+    Channels,
+    Convolution,
+    Norm,
+    Number,
+    Pair,
+    Pooling,
+    Precision,
+    Sides,
+    Stem,
+    are_numbers,
+    block_of,
+    lrn_scale,
+    overhanging,
+    require_image,
+    require_maps,
+    require_precision,
+    require_probability,
+    require_tensor,
+    stem_image,
+)
+from ._explain import WHY_LEARNED
 from .ops import composite as _composite
+from .ops import conv as _conv
+from .ops import conv_chain as _conv_chain
 from .ops import fused as _fused
 from .ops import linear as _linear
 from .ops import lrn as _lrn
 from .ops import pool as _pool
+from .ops import stem as _stem
 from .ops._library import Explanation
 
-AlphaMode = Literal["mean", "sum"]
-Pair = int | tuple[int, int]
-Number = float | Tensor
-Norm = tuple[int, Number, Number, Number]
-Pooling = tuple[Pair, Pair | None, Pair, Pair, bool]
-Convolution = tuple[Pair, Pair | str, Pair, int]
-
-
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _require_integer(name: str, value: object) -> None:
-    if type(value) is not int and not isinstance(value, (Integral, SymInt)):
-        raise TypeError(f"{name}={value!r} must be an integer, got {type(value).__name__}; convert with int({name})")
-
-
-def _lrn_scale(x: Tensor, size: int, alpha: Number, groups: int, alpha_mode: str) -> Number:
-    """Check the arguments of a response normalisation; the factor of the plain sum of squares."""
-    _require_tensor("input", x)
-    if x.dim() < 3:
-        raise ValueError(
-            f"input has {x.dim()} dimensions, shape {tuple(x.shape)}: response normalisation runs over dim 1 of "
-            "[N, C, ...] with 3 or more (Expected 3D or higher dimensionality); add the missing ones with unsqueeze"
-        )
-    if x.is_complex():
-        raise TypeError(
-            f"input is {x.dtype}: response normalisation is defined on real numbers; pass input.abs() or real and imag"
-        )
-    _require_integer("size", size)
-    if size < 1:
-        raise ValueError(f"size={size} must be at least 1 (the number of neighbouring channels; the paper's is 5)")
-    if groups != 1 and (groups < 1 or x.shape[1] % groups):
-        raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of input {tuple(x.shape)}")
-    if alpha_mode == "mean":
-        return alpha / size
-    if alpha_mode == "sum":
-        return alpha
-    raise ValueError(
-        f"alpha_mode={alpha_mode!r} is unknown: 'mean' divides alpha by size (torch, Caffe), 'sum' does not (paper)"
-    )
-
-
-_WHY_LEARNED = "alpha, beta or k is a tensor; kernels take numbers, only plain torch differentiates by them"
-_WHY_EMPTY = "an empty input is returned as it is"
+__all__ = [
+    "AlphaMode",
+    "Channels",
+    "Convolution",
+    "Norm",
+    "Number",
+    "Pair",
+    "Pooling",
+    "Precision",
+    "Sides",
+    "Stem",
+    "alexnet_stem",
+    "conv1",
+    "conv1_relu",
+    "conv2d_relu",
+    "conv2d_relu_chain",
+    "conv2d_relu_lrn_max_pool2d",
+    "conv2d_relu_max_pool2d_lrn",
+    "explain",
+    "linear_relu",
+    "linear_relu_dropout",
+    "local_response_norm",
+    "lrn_max_pool2d",
+    "max_pool2d",
+    "max_pool2d_lrn",
+    "spatial_response_norm",
+]
 
 
 def local_response_norm(
@@ -104,24 +109,12 @@ def local_response_norm(
     if has_torch_function_unary(input):
         options = {"groups": groups, "alpha_mode": alpha_mode}
         return handle_torch_function(local_response_norm, (input,), input, size, alpha, beta, k, **options)
-    scale = _lrn_scale(input, size, alpha, groups, alpha_mode)
+    scale = lrn_scale(input, size, alpha, groups, alpha_mode)
     if input.numel() == 0:
         return input
     if isinstance(scale, Tensor) or isinstance(beta, Tensor) or isinstance(k, Tensor):
-        return _composite.plain("lrn", _WHY_LEARNED, reference.lrn, input, size, scale, beta, k, groups)
+        return _composite.plain("lrn", WHY_LEARNED, reference.lrn, input, size, scale, beta, k, groups)
     return _lrn.apply(input, size, scale, beta, k, groups)
-
-
-def _require_maps(x: Tensor, size: int) -> None:
-    _require_tensor("input", x)
-    if not x.is_floating_point():
-        raise TypeError(
-            f"input is {x.dtype}: spatial normalisation needs a floating-point tensor; convert with .float()"
-        )
-    if x.dim() not in (3, 4):
-        raise ValueError(f"input has {x.dim()} dimensions, shape {tuple(x.shape)}: [N, C, H, W] or [C, H, W] is needed")
-    if size < 1 or size % 2 == 0:
-        raise ValueError(f"size={size} must be odd and at least 1, so that the window has a centre")
 
 
 def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0) -> Tensor:
@@ -135,7 +128,7 @@ def spatial_response_norm(input: Tensor, size: int, alpha: float = 1e-3, beta: f
     """
     if has_torch_function_unary(input):
         return handle_torch_function(spatial_response_norm, (input,), input, size, alpha, beta, k)
-    _require_maps(input, size)
+    require_maps(input, size)
     return _composite.spatial_response_norm(input, size, alpha, beta, k)
 
 
@@ -147,28 +140,55 @@ def conv2d_relu(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    *,
+    precision: Precision | None = None,
 ) -> Tensor:
-    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``."""
+    """``relu(conv2d(input, weight, bias, ...))``: arguments, shapes and errors of ``torch.nn.functional.conv2d``.
+
+    Args:
+        precision: of fp32 on a GPU, the backward's too: ``"tf32"``, factors rounded to 10 bits; ``"tf32x3"``, nearly fp32 by
+            three such products; ``"ieee"``, fp32. None: as ``torch.backends.cudnn`` says. Half types and CPUs do not heed it.
+
+    Raises:
+        TypeError: ``input`` or ``weight`` is no tensor.
+        ValueError: unknown ``precision``.
+    """
     if has_torch_function_variadic(input, weight, bias):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
-        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments)
-    _require_tensor("input", input)
-    _require_tensor("weight", weight)
-    return _composite.conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+        return handle_torch_function(conv2d_relu, (input, weight, bias), *arguments, precision=precision)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
+    require_precision(precision)
+    if precision is None:  # the kernel for images has tf32 alone, where torch's flags allow it
+        image = _stem.image_of(input, weight, bias, stride, padding, dilation, groups)
+        y = None if image is None else _stem.apply_conv1(image, relu=True)
+        if y is not None:
+            return y
+    return _conv.apply("conv2d_relu", input, weight, bias, True, stride, padding, dilation, groups, precision)
+
+
+def conv2d_relu_chain(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | None, Convolution]]) -> Tensor:
+    """:func:`conv2d_relu` for each of ``layers``, ``(weight, bias, (stride, padding, dilation, groups))``, in a row.
+
+    Results, gradients and errors are those of single calls. Where a gradient is wanted on a GPU, the layers are one node of
+    autograd: the gradient that reaches a layer from the one above is masked, and summed for its bias, where it is computed.
+    """
+    tensors = (input, *(t for weight, bias, _ in layers for t in (weight, bias)))
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv2d_relu_chain, tensors, input, layers)
+    require_tensor("input", input)
+    for weight, _, _ in layers:
+        require_tensor("weight", weight)
+    return _conv_chain.apply(input, layers)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``relu(linear(input, weight, bias))``: arguments, shapes and errors of ``torch.nn.functional.linear``."""
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
-    _require_tensor("input", input)
-    _require_tensor("weight", weight)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
     return _linear.apply(input, weight, bias)
-
-
-def _require_probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise ValueError(f"p={p} must lie between 0 and 1: the share of the elements that dropout sets to 0")
 
 
 def linear_relu_dropout(
@@ -186,9 +206,9 @@ def linear_relu_dropout(
     tensors = (input, weight, bias)
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(linear_relu_dropout, tensors, *tensors, p, training)
-    _require_tensor("input", input)
-    _require_tensor("weight", weight)
-    _require_probability(p)
+    require_tensor("input", input)
+    require_tensor("weight", weight)
+    require_probability(p)
     return _linear.apply(input, weight, bias, p if training else 0.0)
 
 
@@ -205,23 +225,19 @@ def max_pool2d(
     if has_torch_function_unary(input):
         arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return handle_torch_function(max_pool2d, (input,), *arguments)
-    _require_tensor("input", input)
+    require_tensor("input", input)
     pool = _composite.max_pool2d_with_indices if return_indices else _pool.apply
     return pool(input, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _are_numbers(*coefficients: Number) -> bool:
-    return not any(isinstance(value, Tensor) for value in coefficients)
 
 
 def _lrn_and_pool(
     x: Tensor, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
 ) -> Tensor:
     """Both in one where that can be; three dimensions mean [N, C, L] to the norm and [C, H, W] to the pool."""
-    _require_tensor("input", x)
-    if x.dim() == 4 and x.numel() and _are_numbers(*norm):
+    require_tensor("input", x)
+    if x.dim() == 4 and x.numel() and are_numbers(*norm):
         size, alpha, beta, k = norm
-        scale = _lrn_scale(x, size, alpha, groups, alpha_mode)
+        scale = lrn_scale(x, size, alpha, groups, alpha_mode)
         return _fused.apply(x, (size, scale, beta, k, groups), pooling, pool_first)  # type: ignore[arg-type]
     if pool_first:
         pooled = _pool.apply(x, *pooling)
@@ -289,13 +305,34 @@ def _conv_and_rest(
     *,
     pool_first: bool,
 ) -> Tensor:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
+    require_tensor("input", x)
+    require_tensor("weight", weight)
+    image = _stem.image_of(x, weight, bias, *conv)
+    if image is not None:
+        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        if y is not None:
+            return y
+    return _by_parts(x, weight, bias, conv, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+
+
+def _by_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Convolution,
+    norm: Norm,
+    pooling: Pooling,
+    groups: int,
+    alpha_mode: AlphaMode,
+    *,
+    pool_first: bool,
+) -> Tensor:
+    """The convolution by itself, and the rest in one where that can be."""
     a, left = _fused.convolve(x, weight, bias, *conv)
-    if a.dim() != 4 or not a.numel() or not _are_numbers(*norm):
+    if a.dim() != 4 or not a.numel() or not are_numbers(*norm):
         return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
     size, alpha, beta, k = norm
-    scale = _lrn_scale(a, size, alpha, groups, alpha_mode)
+    scale = lrn_scale(a, size, alpha, groups, alpha_mode)
     return _fused.apply(a, (size, scale, beta, k, groups), pooling, pool_first, True, left)  # type: ignore[arg-type]
 
 
@@ -341,6 +378,132 @@ def conv2d_relu_max_pool2d_lrn(
     return _conv_and_rest(*tensors, *arguments, groups, alpha_mode, pool_first=True)
 
 
+def _stem_in_one(
+    image: _stem.Image, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
+) -> Tensor | None:
+    block = block_of(image.weight, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+    return None if block is None else _stem.apply_stem(image, *block)
+
+
+def _convolve_image(image: _stem.Image, stride: Pair, ceil_mode: bool, relu: bool) -> Tensor:
+    if ceil_mode:
+        image = overhanging(image, stride)
+    image = _stem.taken(image)
+    if _stem.why_plain(image, stride) is None:
+        y = _stem.apply_conv1(image, relu)
+        if y is not None:
+            return y
+    x, padding = _stem.prepared(image)
+    if relu:
+        return _conv.apply("conv1_relu", x, image.weight, image.bias, True, stride, padding, 1, 1)
+    return _conv.apply("conv1", x, image.weight, image.bias, False, stride, padding, 1, 1)
+
+
+def conv1(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 4,
+    padding: Pair | Sides = 0,
+    *,
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``conv2d((input - mean) * scale, weight, bias, stride, padding)``: the first convolution, whose input is images.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, floating point or uint8 pixels, in either memory format: what a decoder
+            hands over as ``[H, W, C]`` is ``channels_last``.
+        weight, bias: of the convolution. Its dtype is the result's (the autocast's, under that); a floating-point input of
+            another dtype is converted.
+        stride: windows' distance; the CUDA kernel is for 4, with an 11x11 weight of 3 channels. Any other runs as torch's.
+        padding: a number, (rows, columns) or (top, bottom, left, right): zeros, around the normalised image.
+        mean, scale: C numbers each, a sequence or a tensor (which saves copying them at each call); a pixel becomes
+            ``(pixel - mean) * scale``, in fp32. Both or neither; uint8 needs them.
+        ceil_mode: the last windows may hang over the right and bottom edge, onto zeros.
+
+    Raises:
+        TypeError: ``input`` or ``weight`` is no tensor; ``input`` is an integer other than uint8.
+        ValueError: ``mean`` or ``scale`` is missing, or has not C numbers; bad ``padding``; tensors on two devices.
+
+    >>> pixels = torch.full((1, 3, 11, 11), 130, dtype=torch.uint8)
+    >>> conv1(pixels, torch.ones(1, 3, 11, 11), mean=(128, 128, 128), scale=(0.5, 0.5, 0.5)).item() == 11 * 11 * 3
+    True
+    """
+    tensors, options = (input, weight, bias), {"mean": mean, "scale": scale, "ceil_mode": ceil_mode}
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv1, tensors, *tensors, stride, padding, **options)
+    return _convolve_image(require_image(*tensors, padding, mean, scale), stride, ceil_mode, relu=False)
+
+
+def conv1_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 4,
+    padding: Pair | Sides = 0,
+    *,
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """:func:`conv1` and the ReLU after it; the same arguments and errors.
+
+    >>> conv1_relu(torch.ones(1, 3, 227, 227), torch.randn(96, 3, 11, 11)).shape
+    torch.Size([1, 96, 55, 55])
+    """
+    tensors, options = (input, weight, bias), {"mean": mean, "scale": scale, "ceil_mode": ceil_mode}
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(conv1_relu, tensors, *tensors, stride, padding, **options)
+    return _convolve_image(require_image(*tensors, padding, mean, scale), stride, ceil_mode, relu=True)
+
+
+def alexnet_stem(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    conv: Stem = (4, 0, False),
+    norm: Norm = (5, 1e-4, 0.75, 2.0),
+    pooling: Pooling = (3, 2, 0, 1, False),
+    *,
+    pool_first: bool = False,
+    groups: int = 1,
+    alpha_mode: AlphaMode = "mean",
+    mean: Channels | None = None,
+    scale: Channels | None = None,
+) -> Tensor:
+    """AlexNet's first block in one: :func:`lrn_max_pool2d` of :func:`conv1_relu`, or :func:`max_pool2d_lrn` of it.
+
+    Args:
+        input, weight, bias, mean, scale: as for :func:`conv1`; four dimensions.
+        conv: ``(stride, padding, ceil_mode)`` of the convolution.
+        norm: ``(size, alpha, beta, k)``; ``groups`` and ``alpha_mode`` are the norm's too.
+        pooling: ``(kernel_size, stride, padding, dilation, ceil_mode)``.
+        pool_first: CaffeNet's order; otherwise the paper's.
+
+    Raises:
+        TypeError, ValueError: as :func:`conv1` and :func:`local_response_norm`; ``input`` has not four dimensions.
+
+    >>> pixels = torch.randint(256, (1, 227, 227, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    >>> alexnet_stem(pixels, torch.randn(96, 3, 11, 11), mean=(123, 117, 104), scale=(1, 1, 1)).shape
+    torch.Size([1, 96, 27, 27])
+    """
+    tensors, arguments = (input, weight, bias), (conv, norm, pooling)
+    if has_torch_function_variadic(*tensors):
+        options = {"pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode, "mean": mean, "scale": scale}
+        return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **options)
+    stride, image = stem_image(*tensors, conv, mean, scale)
+    image = _stem.taken(image)
+    if _stem.why_plain(image, stride) is None:
+        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        if y is not None:
+            return y
+    x, padding = _stem.prepared(image)
+    convolution = (stride, padding, 1, 1)
+    return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+
+
 def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:
     """What a call would run, and why nothing else would, without running it.
 
@@ -370,122 +533,19 @@ def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Expla
     return explainer(*bound.args, **bound.kwargs)
 
 
-def _meta(*values: Any) -> tuple[Any, ...]:
-    """The same shapes and dtypes without data: torch's own errors come from them, and nothing is computed."""
-    return tuple(empty_like(value, device="meta") if isinstance(value, Tensor) else value for value in values)
-
-
-def _explain_lrn(
-    x: Tensor, size: int, alpha: Number, beta: Number, k: Number, *, groups: int, alpha_mode: str
-) -> Explanation:
-    scale = _lrn_scale(x, size, alpha, groups, alpha_mode)
-    if x.numel() == 0:
-        return Explanation.of_one("lrn", "reference", _WHY_EMPTY)
-    if isinstance(scale, Tensor) or isinstance(beta, Tensor) or isinstance(k, Tensor):
-        return _composite.explain("lrn", _WHY_LEARNED)
-    return _lrn.explain(x, size, scale, beta, k, groups)
-
-
-def _explain_spatial(x: Tensor, size: int, *_: float) -> Explanation:
-    _require_maps(x, size)
-    return _composite.explain("spatial_response_norm")
-
-
-def _explain_conv(x: Tensor, weight: Tensor, *args: Any) -> Explanation:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
-    reference.conv2d_relu(*_meta(x, weight, *args))
-    return _composite.explain("conv2d_relu")
-
-
-def _explain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Explanation:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
-    reference.linear_relu(*_meta(x, weight, bias))
-    return _linear.explain("linear_relu", x, weight, bias)
-
-
-def _explain_linear_dropout(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, training: bool) -> Explanation:
-    _require_tensor("input", x)
-    _require_tensor("weight", weight)
-    _require_probability(p)
-    reference.linear_relu(*_meta(x, weight, bias))
-    return _linear.explain("linear_relu_dropout", x, weight, bias, p if training else 0.0)
-
-
-def _explain_pool(x: Tensor, *args: Any) -> Explanation:
-    _require_tensor("input", x)
-    *pooling, return_indices = args
-    reference.max_pool2d(*_meta(x), *pooling)
-    return _composite.explain("max_pool2d", _composite.WHY_INDICES) if return_indices else _pool.explain(x, *pooling)
-
-
-def _like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Another shape on the device and in the dtype of ``x``, without its memory."""
-    return x.new_empty(1).expand(shape)
-
-
-def _explain_lrn_and_pool(
-    op: str, x: Tensor, *args: Any, pool_first: bool, relu: bool = False, **options: Any
-) -> Explanation:
-    _require_tensor("input", x)
-    (size, alpha, beta, k), pooling = args[:4], args[4:]
-    if x.dim() == 4 and x.numel() and _are_numbers(alpha, beta, k):
-        norm = (size, _lrn_scale(x, size, alpha, **options), beta, k, options["groups"])
-        reference.max_pool2d(*_meta(x), *pooling)
-        whole = _fused.explain(op, x, norm, pooling, pool_first, relu)  # type: ignore[arg-type]
-        if whole.backend != "reference":
-            return whole
-        why_not = whole.why_not
-    else:
-        why_not = Explanation.of_one(op, "reference", "a kernel takes [N, C, H, W] and numbers").why_not
-    if not pool_first:
-        return Explanation.of_parts(
-            op, why_not, _explain_lrn(x, *args[:4], **options), _explain_pool(x, *pooling, False)
-        )
-    pooled = _like(x, reference.max_pool2d(*_meta(x), *pooling).shape)
-    return Explanation.of_parts(
-        op, why_not, _explain_pool(x, *pooling, False), _explain_lrn(pooled, *args[:4], **options)
-    )
-
-
-def _explain_lrn_pool(x: Tensor, *args: Any, **options: Any) -> Explanation:
-    return _explain_lrn_and_pool("lrn_max_pool2d", x, *args, pool_first=False, **options)
-
-
-def _explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
-    return _explain_lrn_and_pool("max_pool2d_lrn", x, *args, pool_first=True, **options)
-
-
-def _explain_conv_and_rest(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
-) -> Explanation:
-    first = _explain_conv(x, weight, bias, *conv)
-    a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
-    rest = _explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
-    parts = rest.parts or (rest,)
-    return Explanation.of_parts(
-        op, first.why_not | rest.why_not, first if rest.parts else replace(first, op="conv2d"), *parts
-    )
-
-
-def _explain_conv_lrn_pool(*args: Any, **options: Any) -> Explanation:
-    return _explain_conv_and_rest("conv2d_relu_lrn_max_pool2d", *args, pool_first=False, **options)
-
-
-def _explain_conv_pool_lrn(*args: Any, **options: Any) -> Explanation:
-    return _explain_conv_and_rest("conv2d_relu_max_pool2d_lrn", *args, pool_first=True, **options)
-
-
 _EXPLAINED: dict[str, tuple[Callable[..., object], Callable[..., Explanation]]] = {
-    "local_response_norm": (local_response_norm, _explain_lrn),
-    "spatial_response_norm": (spatial_response_norm, _explain_spatial),
-    "conv2d_relu": (conv2d_relu, _explain_conv),
-    "linear_relu": (linear_relu, _explain_linear),
-    "linear_relu_dropout": (linear_relu_dropout, _explain_linear_dropout),
-    "max_pool2d": (max_pool2d, _explain_pool),
-    "lrn_max_pool2d": (lrn_max_pool2d, _explain_lrn_pool),
-    "max_pool2d_lrn": (max_pool2d_lrn, _explain_pool_lrn),
-    "conv2d_relu_lrn_max_pool2d": (conv2d_relu_lrn_max_pool2d, _explain_conv_lrn_pool),
-    "conv2d_relu_max_pool2d_lrn": (conv2d_relu_max_pool2d_lrn, _explain_conv_pool_lrn),
+    "local_response_norm": (local_response_norm, _explain.explain_lrn),
+    "spatial_response_norm": (spatial_response_norm, _explain.explain_spatial),
+    "conv1": (conv1, _explain.explain_conv1),
+    "conv1_relu": (conv1_relu, _explain.explain_conv1_relu),
+    "alexnet_stem": (alexnet_stem, _explain.explain_stem),
+    "conv2d_relu": (conv2d_relu, _explain.explain_conv_relu),
+    "conv2d_relu_chain": (conv2d_relu_chain, _explain.explain_conv_chain),
+    "linear_relu": (linear_relu, _explain.explain_linear),
+    "linear_relu_dropout": (linear_relu_dropout, _explain.explain_linear_dropout),
+    "max_pool2d": (max_pool2d, _explain.explain_pool),
+    "lrn_max_pool2d": (lrn_max_pool2d, _explain.explain_lrn_pool),
+    "max_pool2d_lrn": (max_pool2d_lrn, _explain.explain_pool_lrn),
+    "conv2d_relu_lrn_max_pool2d": (conv2d_relu_lrn_max_pool2d, _explain.explain_conv_lrn_pool),
+    "conv2d_relu_max_pool2d_lrn": (conv2d_relu_max_pool2d_lrn, _explain.explain_conv_pool_lrn),
 }

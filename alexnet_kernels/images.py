@@ -26,15 +26,17 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 
 @dataclass(frozen=True)
 class Loaded:
-    """``pixels``: uint8 RGB, ``[N, 3, H, W]``; ``names``: the N files; ``skipped``: (file, reason) of those left out."""
+    """``pixels``: uint8 RGB, ``[N, 3, H, W]`` in channels_last, as they were decoded; ``names``: the N files; ``skipped``:
+    (file, reason) of those left out."""
 
     pixels: Tensor
     names: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...] = ()
 
-    def batch(self, size: int) -> Tensor:
-        """``size`` images, the files over and over in turn."""
-        return self.pixels[torch.arange(size) % len(self.names)]
+    def batch(self, size: int, *, pinned: bool = False) -> Tensor:
+        """``size`` images, the files over and over in turn; ``pinned``, a GPU copies them while the CPU goes on."""
+        chosen = self.pixels[torch.arange(size) % len(self.names)].contiguous(memory_format=torch.channels_last)
+        return chosen.pin_memory() if pinned else chosen
 
 
 def default_photographs() -> tuple[Path, ...]:
@@ -79,7 +81,7 @@ def load(files: Sequence[str | Path], variant: Variant) -> Loaded:
         raise ValueError(
             f"images: none can be used ({reasons}); name at least one readable image file or a folder that has one"
         )
-    return Loaded(torch.stack(pixels), tuple(names), tuple(skipped))
+    return Loaded(torch.stack(pixels).permute(0, 3, 1, 2), tuple(names), tuple(skipped))
 
 
 def prepare(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -106,7 +108,7 @@ def _open(file: Path) -> Image:
 
 
 def _fit(image: Image, variant: Variant) -> Tensor:
-    """Resize (the shorter side, or both where the variant squashes), crop the centre."""
+    """Resize (the shorter side, or both where the variant squashes), crop the centre; ``[H, W, 3]``."""
     from PIL import Image
 
     height, width = variant.input_size
@@ -118,7 +120,7 @@ def _fit(image: Image, variant: Variant) -> Tensor:
         size = (max(short, round(image.width * ratio)), max(short, round(image.height * ratio)))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     fitted = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+    return torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).view(height, width, 3)
 
 
 def _reason(error: Exception) -> str:

@@ -118,6 +118,78 @@ def conv2d_relu(
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups), inplace=True)
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """``conv2d(x, weight) + bias``, then ``max(0, .)`` where ``relu``."""
+    y = torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    return F.relu(y) if relu else y
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv2d` by x, weight and bias, those that ``mask`` names; the others have no elements.
+
+    ``y`` is the result where a ReLU made it: what it cut off has no gradient; NaN passes.
+    """
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    sizes = (weight.shape[0],)
+    found = torch.ops.aten.convolution_backward(
+        dz, x, weight, sizes, stride, padding, dilation, False, (0, 0), groups, tuple(mask)
+    )
+    dx, dw, db = (grad.new_empty(0) if g is None else g for g in found)
+    return dx, dw, db
+
+
+def conv2d_second_gradient(
+    by: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`conv2d_backward` by grad, x and weight, for the gradients ``by`` of its three results.
+
+    A convolution is linear in x and in weight, so they are convolutions again; torch's own double backward would do, but not
+    for shapes that are symbols.
+    """
+    by_dx, by_dw, by_db = by
+    geometry = (stride, padding, dilation, False, (0, 0), groups)
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0)
+    by_dz, by_x, by_weight = torch.zeros_like(grad), None, None
+    if mask[0]:
+        by_dz = by_dz + torch.convolution(by_dx, weight, None, *geometry)
+        backward = torch.ops.aten.convolution_backward(dz, by_dx, weight, None, *geometry, (False, True, False))
+        by_weight = backward[1]
+    if mask[1]:
+        by_dz = by_dz + torch.convolution(x, by_dw, None, *geometry)
+        by_x = torch.ops.aten.convolution_backward(dz, x, by_dw, None, *geometry, (True, False, False))[0]
+    if mask[2]:
+        by_dz = by_dz + by_db[:, None, None]
+    return by_dz if y is None else by_dz.masked_fill(y <= 0, 0), by_x, by_weight
+
+
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``max(0, x weightᵀ + bias)``; in place, for nobody else holds the sum."""
     return F.relu(F.linear(x, weight, bias), inplace=True)
@@ -320,3 +392,62 @@ def sgd(
     for weight, master in zip(weights, masters, strict=True):
         if weight is not master:
             weight.copy_(master)
+
+
+def pixels(x: Tensor, mean: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(x - mean[c]) · scale[c]``, formed in fp32 (in fp64 for that), rounded to ``dtype``; the channels are dim -3."""
+    z = x.to(arithmetic_dtype(x.dtype))  # integers stay: the subtraction converts them on the way, which saves a pass
+    return ((z - mean[:, None, None]) * scale[:, None, None]).to(dtype)
+
+
+def _image(x: Tensor, mean: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if mean is None or scale is None else pixels(x, mean, scale, dtype)
+
+
+def even_padding(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """``x`` and what a convolution is still to pad, rows and columns: nothing where ``padding``, which is top, bottom, left,
+    right, is uneven and has been put around ``x``."""
+    top, bottom, left, right = padding
+    if top == bottom and left == right:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+
+def conv1(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    stride: tuple[int, int],
+    padding: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    """Convolution of images, and ReLU where asked for: ``x`` is floating point, or pixels that :func:`pixels` prepares.
+
+    ``padding`` is top, bottom, left, right: zeros around the prepared image. The result has the weight's dtype.
+    """
+    image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
+    return conv2d(image, weight, bias, relu, stride, left, (1, 1), 1)
+
+
+def conv1_backward(
+    grad: Tensor,
+    a: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    stride: tuple[int, int],
+    padding: Sequence[int],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`conv1` by image, weight and bias, where ``mask`` asks for them (no elements where not); with ``a``,
+    its result after ReLU, that of ReLU first. None by pixels: they are integers."""
+    image, left = even_padding(_image(x, mean, scale, weight.dtype), padding)
+    dx, dw, db = conv2d_backward(grad, image, weight, a, stride, left, (1, 1), 1, mask)
+    if not mask[0]:
+        return x.new_empty(0), dw, db
+    top, _, start, _ = padding if left == (0, 0) else (0, 0, 0, 0)
+    dx = dx[..., top : top + x.shape[-2], start : start + x.shape[-1]].to(x.dtype)
+    return dx, dw, db

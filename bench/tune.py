@@ -296,6 +296,14 @@ def tune(
     return Tuned(chosen, pruned, tuple(left_out))
 
 
+def known_table(path: Path) -> dict[str, Any]:
+    """What a GPU's table already says, of which each part of ``make tune`` writes its own; nothing where it cannot be read."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def table(tuned: Tuned, state: State) -> dict[str, Any]:
     """What ``kernels/_launch.py`` reads, and beside it the measurement that it rests on."""
     kernels: dict[str, dict[str, Any]] = {}
@@ -346,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
         print("no kernel could be tuned: nothing is written")
         return 1
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, json.dumps(table(tuned, state), indent=1) + "\n")
+    write_text(target, json.dumps({**known_table(target), **table(tuned, state)}, indent=1) + "\n")
     for kernel, config in tuned.kernels.items():
         name, default = Candidate(kernel, config).id, built_in(kernel).id
         print(f"{name:60} {state.timed[name]:.4f} ms, built-in {state.timed.get(default, 'not measured')}")

@@ -14,8 +14,9 @@ import torch
 
 from alexnet_kernels import geometry
 from alexnet_kernels.kernels import _conv_choice, _launch
-from alexnet_kernels.profiling.timer import relative_error
-from bench import baselines, cudnn, gpu, rows, small_cases, test_conv, tune, tune_cases
+from alexnet_kernels.ops import _choice
+from alexnet_kernels.profiling.timer import Timing, relative_error
+from bench import baselines, choose, cudnn, gpu, rows, small_cases, test_conv, tune, tune_cases
 from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -236,7 +237,8 @@ def test_steps_fit_their_profile(profile: str, limit: float) -> None:
 def test_no_gpu_exits_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--out", str(tmp_path / "out")]) == 3
     assert tune.main(["--work", str(tmp_path / "out")]) == 3
-    assert capsys.readouterr().out.count("\n") == 2
+    assert choose.main(["--work", str(tmp_path / "out")]) == 3
+    assert capsys.readouterr().out.count("\n") == 3
     assert not (tmp_path / "out").exists()
 
 
@@ -520,3 +522,96 @@ def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_table_of() -> None:
     assert _launch.table_of("NVIDIA H200").name == "nvidia-h200.json"
+
+
+def test_a_part_of_a_table_keeps_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    assert tune.known_table(path) == {}
+    path.write_text('{"choices": {"conv2d": []}, "kernels": {}}')
+    assert {**tune.known_table(path), "kernels": 1} == {"choices": {"conv2d": []}, "kernels": 1}
+    path.write_text("[1]")
+    assert tune.known_table(path) == {}
+
+
+def test_cases_to_choose_for() -> None:
+    """Once each, all networks' layers and towers, no gradient for the image, the usual batch first."""
+    cases = list(choose.cases())
+    names = [choose.id_of(facts) for facts in cases]
+    assert len(names) == len(set(names)) == len({(facts.key, facts.batch) for facts in cases})
+    assert not [n for n in names if n.startswith("dgrad") and " 3x22" in n]
+    first = [facts for facts in cases if facts.batch == 256 and facts.dtype == "bfloat16"]
+    assert first == cases[: len(first)]
+    conv2 = [f for f in first if f.weight == (256, 48, 5, 5)]
+    assert [f.run for f in conv2] == ["forward", "dgrad", "wgrad"]
+    assert not any(f.epilogue for f in conv2), "response normalisation takes bias and ReLU over"
+    assert all(f.epilogue for f in first if f.run == "forward" and f.weight == (384, 256, 3, 3))
+    assert any(f.weight == (128, 48, 5, 5) and f.groups == 1 for f in first), "a tower's"
+
+
+def timings(**milliseconds: float) -> dict[str, Timing]:
+    return {
+        name.replace("_", " "): Timing(tuple(ms * (1 + 0.01 * (i % 3)) for i in range(9)))
+        for name, ms in milliseconds.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "way"),
+    [
+        (timings(triton=0.2, cudnn=0.3), "triton"),
+        (timings(triton=0.3, cudnn=0.2), "cudnn"),
+        (timings(triton=0.25, cudnn=0.3, cudnn_split=0.2), "cudnn split"),
+        (timings(triton=0.2, cudnn=0.3, cudnn_split=0.25), "triton"),
+        (timings(triton=0.3, cudnn=0.3), "cudnn"),  # nothing between them: what torch does
+        (timings(triton=0.3), "triton"),  # torch's way failed
+    ],
+)
+def test_a_lead_has_to_be_certain(measured: dict[str, Timing], way: str) -> None:
+    assert choose.decide(measured) == way
+
+
+def test_choosing_resumes_and_keeps_its_budget(tmp_path: Path) -> None:
+    now, rows_, saved = [0.0], {}, []
+
+    def runner(facts):
+        now[0] += 10.0
+        if facts.run == "wgrad":
+            raise RuntimeError("out of memory")
+        return timings(triton=0.2, cudnn=0.3), {"cudnn split": "wrong: far off"}
+
+    def once() -> list[str]:
+        return choose.choose(rows_, 55.0, lambda: saved.append(len(rows_)), runner, lambda: now[0])
+
+    left_out = once()
+    assert saved == [1, 2, 3, 4]
+    assert sum("out of memory" in line for line in left_out) == 2
+    assert sum("out of time" in line for line in left_out) == len(list(choose.cases())) - 6
+    once()
+    assert len(rows_) > 4
+    for name, row in rows_.items():
+        key, read = _choice.parse(row)
+        assert read.way == row["way"] == "triton"
+        assert row["wrong"] == {"cudnn split": "wrong: far off"}
+        assert choose.id_of(next(f for f in choose.cases() if (f.key, f.batch) == (key, read.batch))) == name
+
+    path, stamp = tmp_path / "choose.json", {"digest": "d", "gpu": "card"}
+    assert choose.load(path, stamp) == {}
+    path.write_text(json.dumps({**stamp, "rows": rows_}))
+    assert choose.load(path, stamp) == rows_
+    assert choose.load(path, {**stamp, "digest": "other sources"}) == {}
+    path.write_text("{")
+    assert choose.load(path, stamp) == {}
+
+
+@pytest.mark.parametrize("run", _choice.PASSES)
+@pytest.mark.parametrize("way", ["cudnn", "cudnn split"])
+def test_what_is_timed_is_right(run: str, way: str) -> None:
+    """Torch's ways on a CPU, against the fp64 that they are held to."""
+    facts = _choice.Facts(
+        run, "tf32", True, (3, 4, 5, 6), (6, 2, 3, 3), (1, 1), (1, 1), (1, 1), 2, run == "forward"  # type: ignore[arg-type]
+    )  # fmt: skip
+    inputs = choose.tensors(facts, torch.device("cpu"))
+    exact = choose.truth(facts, *inputs)
+    got = choose.call(facts, way, *inputs)[: len(exact)].double()
+    assert float((got - exact).norm() / exact.norm()) < 1e-6
+    assert choose.tensors(facts, torch.device("cpu"))[0].is_contiguous(memory_format=torch.channels_last)

@@ -36,11 +36,12 @@ def test_all_agree(dtype: str) -> None:
     for kind in (check.FORWARD, check.TRAINING):
         for name in (run.STOCK, run.ONE, run.TWO):
             rows = [r for r in result.rows if (r.run, r.contender) == (kind, name)]
-            assert [r.group for r in rows] == [*groups, check.TOTAL]
+            assert [r.group for r in rows] == [*groups, check.TOTAL, check.PIXELS]
             assert all(r.milliseconds > 0 and r.tolerance > 0 for r in rows)
     backends = {(r.contender, r.group): r.backend for r in result.rows}
-    assert backends[run.ONE, "conv1"] == backends[run.TWO, "conv2"] == LRN
+    assert backends[run.ONE, "conv1"] == "+".join(sorted({LRN, "reference"})) and backends[run.TWO, "conv2"] == LRN
     assert backends[run.STOCK, "conv1"] == backends[run.ONE, "conv3"] == "torch"
+    assert "torch.nn prepares them there, ours on the way into conv1" in result.notes[0]
     forward = sum(t.bytes for t in result.transfers if not t.backward)
     itemsize = 4 if dtype == "fp32" else 2
     assert forward == sum(e.bytes(3, itemsize) * e.directions for e in SMALL.exchanges())
@@ -82,8 +83,25 @@ def test_a_lost_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = small().disagreements
     assert {r.run for r in wrong} == {check.TRAINING}
     assert {r.contender for r in wrong} == {run.ONE}
-    assert {r.group for r in wrong} == {"conv1", check.TOTAL}
+    assert {r.group for r in wrong} == {"conv1", check.TOTAL, check.PIXELS}
     assert all("gradient of" in r.worst for r in wrong)
+
+
+def test_pixels_prepared_otherwise_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the rows that begin with pixels may complain: the others are given prepared images."""
+    original = models.alexnet
+
+    def darker(*args: object, **options: object) -> models.AlexNet:
+        model = original(*args, **options)
+        mean, scale = model.features[0]._numbers
+        model.features[0]._numbers = tuple(m + 1 for m in mean), scale
+        return model
+
+    monkeypatch.setattr(run, "alexnet", darker)
+    wrong = small().disagreements
+    assert {(r.contender, r.group) for r in wrong} == {(run.ONE, check.PIXELS)}
+    assert {r.run for r in wrong} == {check.FORWARD, check.TRAINING}
+    assert all("from pixels" in r.worst for r in wrong)
 
 
 def test_nan_disagrees() -> None:
@@ -171,7 +189,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "all results agree with fp64" in found.output
     result = json.loads(file.read_text())
     assert result["schema"] == 1
-    assert len(result["rows"]) == 2 * 3 * 9
+    assert len(result["rows"]) == 2 * 3 * 10
 
 
 def test_the_command_exits_1_and_names_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +225,5 @@ def test_no_traceback(arguments: list[str], message: str, monkeypatch: pytest.Mo
 def test_on_one_gpu(dtype: str) -> None:
     result = small(devices=(torch.device("cuda:0"),) * 2, dtype=dtype, batch=8)
     assert result.disagreements == ()
-    assert {r.backend for r in result.rows if r.contender == run.ONE and r.group == "conv1"} == {"triton"}
+    backends = {r.backend for r in result.rows if r.contender == run.ONE and r.group == "conv1"}
+    assert all({"triton", "cuda"} & set(backend.split("+")) for backend in backends)

@@ -145,8 +145,8 @@ def test_values_gradients_keys_and_parameters(name: str) -> None:
 
 
 RUNS = {
-    "alexnet": ["conv2d_relu"] * 5 + ["linear_relu_dropout", "linear_relu"],
-    "vgg11": ["conv2d_relu"] * 8 + ["linear_relu_dropout"] * 2,
+    "alexnet": ["conv2d_relu"] * 2 + ["conv2d_relu_chain", "linear_relu_dropout", "linear_relu"],
+    "vgg11": ["conv2d_relu"] * 2 + ["conv2d_relu_chain"] * 3 + ["linear_relu_dropout"] * 2,
     "squeezenet": ["conv2d_relu"] * 2,
     "googlenet": [],
     "resnet18": [],

@@ -22,12 +22,17 @@ LRN = (
 )  # what runs it, and pooling, on a CPU that is not told otherwise
 X = torch.linspace(-3, 3, 2 * 16 * 3 * 3).reshape(2, 16, 3, 3)
 W, CONV, NORM, POOL = torch.randn(4, 16, 3, 3), (1, 1, 1, 1), (5, 1e-4, 0.75, 1.0), (3, 2, 0, 1, False)
+IMAGES, STEM = torch.rand(2, 3, 27, 27), torch.randn(48, 3, 11, 11)
 CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is on only where there is no GPU")
 
 CALLS = {
     "local_response_norm": (lambda: (X, 5), {}),
     "spatial_response_norm": (lambda: (X, 3), {}),
+    "conv1": (lambda: (IMAGES, STEM), {"ceil_mode": True}),
+    "conv1_relu": (lambda: (IMAGES.byte(), STEM), {"mean": (1, 2, 3), "scale": (1, 1, 1), "padding": 1}),
+    "alexnet_stem": (lambda: (IMAGES, STEM), {"pool_first": True, "groups": 2}),
     "conv2d_relu": (lambda: (X, torch.randn(4, 16, 3, 3)), {"padding": 1}),
+    "conv2d_relu_chain": (lambda: (X, [(W, None, CONV), (torch.randn(2, 4, 3, 3), None, CONV)]), {}),
     "linear_relu": (lambda: (X, torch.randn(4, 3)), {}),
     "linear_relu_dropout": (lambda: (X, torch.randn(4, 3)), {"p": 0.25}),
     "max_pool2d": (lambda: (X, 2), {}),

@@ -96,6 +96,21 @@ def test_prepared_as_the_variant_was_fed() -> None:
     torch.testing.assert_close(unit[:, 0].float(), expected)
 
 
+def test_pixels_lie_as_they_were_decoded(tmp_path: Path) -> None:
+    """[H, W, C] in memory, which is channels_last; so do batches of them, and prepared images."""
+    loaded = images.load([picture(tmp_path / f"{i}.png", colour=(i, 2, 3)) for i in (7, 9)], TINY)
+    assert loaded.pixels.is_contiguous(memory_format=torch.channels_last)
+    batch = loaded.batch(3)
+    assert batch.is_contiguous(memory_format=torch.channels_last) and batch[:, 0, 5, 5].tolist() == [7, 9, 7]
+    assert images.prepare(batch, TINY.preprocess).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+def test_a_pinned_batch_is_copied_beside_the_cpu() -> None:
+    loaded = images.Loaded(torch.zeros(2, 3, 5, 5, dtype=torch.uint8), ("a", "b"))
+    assert loaded.batch(4, pinned=True).is_pinned() and not loaded.batch(4).is_pinned()
+
+
 def test_a_batch_repeats_the_files() -> None:
     loaded = images.Loaded(torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1), ("a", "b", "c"))
     assert loaded.batch(7).flatten().tolist() == [0, 1, 2, 0, 1, 2, 0]

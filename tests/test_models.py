@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from alexnet_kernels import geometry, models
+from alexnet_kernels import geometry, images, models, nn
+from alexnet_kernels._fusion import steps
 from alexnet_kernels.comparison.stock import stock_alexnet
 
 
@@ -55,6 +56,51 @@ def test_stock_network_agrees(name: str) -> None:
     stock.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, *ours.variant.input_size, dtype=torch.double) * 60
     torch.testing.assert_close(ours(x), stock(x), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", geometry.VARIANTS)
+def test_pixels_give_the_logits_of_prepared_images(name: str, layout: torch.memory_format) -> None:
+    """uint8 RGB in either memory format, whatever scale, means and order of channels the variant was trained with.
+
+    A prepared pixel is rounded thrice in fp32 and once more where scale and deviation are folded into one factor: within
+    4 · 2^-24 of it. Logits, sums of fp64 from there on, move no more than in proportion: ten times that is allowed.
+    """
+    model = models.alexnet(narrow(name), num_classes=10).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else (2 / parameter[0].numel()) ** 0.5)
+    pixels = torch.randint(256, (2, 3, *model.variant.input_size), dtype=torch.uint8).contiguous(memory_format=layout)
+    prepared = images.prepare(pixels, model.variant.preprocess, torch.float64)
+    logits = model(prepared)
+    assert float((model(pixels) - logits).norm() / logits.norm()) <= 40 * 2.0**-24
+    assert not torch.allclose(model(pixels.flip(1)), logits, rtol=1e-3)
+    if model.variant.preprocess.channels == "RGB" and model.variant.preprocess.scale == 1:  # the very same arithmetic
+        assert torch.equal(model(pixels), model(prepared.contiguous(memory_format=torch.channels_last)))
+
+
+def test_conv1_takes_pixels_and_the_stock_network_does_not() -> None:
+    model, stock = models.alexnet("tiny"), stock_alexnet("tiny")
+    assert type(model.features[0]) is nn.PixelConv2d and type(stock.features[0]) is torch.nn.Conv2d
+    assert type(models.alexnet(narrow("source2012")).features[0]) is nn.CeilConv2d
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert next(steps(model.features)).op == "alexnet_stem"
+    pixels = torch.zeros(1, 3, 227, 227, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="unsigned char"):
+        stock(pixels)
+    model.half()
+    assert model.features[0].mean.dtype == torch.float32
+
+
+def test_pixels_are_trained_on() -> None:
+    """Gradients by pixels' weights are those by the prepared images', in Caffe's order of channels too."""
+    model = models.alexnet("caffenet", num_classes=10, input_size=67).double().eval()
+    pixels = torch.randint(256, (2, 3, 67, 67), dtype=torch.uint8)
+    found = []
+    for x in (pixels, images.prepare(pixels, model.variant.preprocess, torch.float64)):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
 
 
 def test_lrn_scope_can_be_overridden() -> None:

@@ -95,6 +95,14 @@ def test_two_devices_equal_one(name: str, fc8: str) -> None:
     assert largest_difference(one, two, batch(one)) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["tiny", "source2012", "caffenet", "torchvision"])
+def test_both_towers_take_pixels(name: str) -> None:
+    one, two = pair(narrow(name))
+    one.eval(), two.eval()
+    pixels = torch.randint(256, (2, 3, *one.variant.input_size), dtype=torch.uint8)
+    assert relative(two(pixels), one(pixels)) <= 1e-12
+
+
 @pytest.mark.parametrize("fc8", FC8)
 def test_two_devices_equal_one_at_full_size(fc8: str) -> None:
     one, two = pair("paper", fc8, input_size=227)

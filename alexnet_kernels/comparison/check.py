@@ -19,7 +19,7 @@ from .contenders import Contender, OneDevice
 from .stock import stock_alexnet
 
 FORWARD, TRAINING = "forward", "training step"
-TOTAL = "total"
+TOTAL, PIXELS = "total", "from pixels"
 FACTOR = 4
 FP32_ROUNDING = 2.0**-24
 ROUNDING = {"fp32": FP32_ROUNDING, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-11}  # the largest relative error
@@ -39,9 +39,12 @@ Errors = dict[tuple[str, str, str], Error]  # by contender, group, run
 
 
 def check(
-    contenders: Sequence[Contender], inputs: Tensor, dtype: str, progress: Callable[[str], None]
+    contenders: Sequence[Contender], inputs: Tensor, pixels: Tensor, dtype: str, progress: Callable[[str], None]
 ) -> tuple[Errors, tuple[exchange.Transfer, ...]]:
-    """Errors by (contender, group, run) against an fp64 network with the same weights and inputs; what crossed meanwhile."""
+    """Errors by (contender, group, run) against an fp64 network with the same weights and inputs; what crossed meanwhile.
+
+    ``inputs`` are ``pixels``, prepared.
+    """
     truth = OneDevice("fp64", stock_alexnet(contenders[0].variant).to(inputs.device, torch.float64))
     truth.model.load_state_dict(contenders[0].model.state_dict())
     outputs, gradients = _values(truth, inputs.double())[:2]
@@ -61,10 +64,40 @@ def check(
             errors[contender.name, group, FORWARD] = Error(distance, label, allowed[group, FORWARD], backends[group])
         for group, names in members.items():
             far = {name: _distance(grads[name], gradients[name]) for name in names}
-            worst = max(far, key=lambda name: math.inf if math.isnan(far[name]) else far[name])
+            worst = _worst(far)
             label, bound = f"gradient of {worst}", allowed[group, TRAINING]
             errors[contender.name, group, TRAINING] = Error(far[worst], label, bound, backends[group])
+        errors |= _errors_from_pixels(contender, pixels, outputs[TOTAL], gradients, allowed)
     return errors, tuple(transfers)
+
+
+def _errors_from_pixels(
+    contender: Contender,
+    pixels: Tensor,
+    logits: Tensor,
+    gradients: dict[str, Tensor],
+    allowed: dict[tuple[str, str], float],
+) -> Errors:
+    """The whole network fed with the pixels themselves, held to the bounds of the prepared images' rows."""
+    contender.model.zero_grad()
+    with dispatch.recording() as used:
+        ours = contender.from_pixels(pixels)
+    backend = "+".join(sorted(used)) or "torch"
+    ours.backward(_direction(ours))
+    far = {name: _distance(g.detach().double(), gradients[name]) for name, g in contender.gradients().items()}
+    worst = _worst(far)
+    forward = Error(_distance(ours.detach().double(), logits), "logits from pixels", allowed[TOTAL, FORWARD], backend)
+    training = Error(far[worst], f"gradient of {worst} from pixels", allowed[TOTAL, TRAINING], backend)
+    return {(contender.name, PIXELS, FORWARD): forward, (contender.name, PIXELS, TRAINING): training}
+
+
+def _direction(logits: Tensor) -> Tensor:
+    """Which combination of the logits is differentiated: a fixed random one; a softmax would only blur the comparison."""
+    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+
+
+def _worst(distances: dict[str, float]) -> str:
+    return max(distances, key=lambda name: math.inf if math.isnan(distances[name]) else distances[name])
 
 
 def _allowed(
@@ -116,10 +149,7 @@ def _roundings(truth: OneDevice, dtype: str) -> Iterator[tuple[torch.nn.Module, 
 
 
 def _values(contender: Contender, inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """Every group's output, every gradient (the images' as ``"input"``), and the backends that ran, without dropout.
-
-    The gradient is that of a fixed random combination of the logits: a softmax would only blur the comparison.
-    """
+    """Every group's output, every gradient (the images' as ``"input"``), and the backends that ran, without dropout."""
     contender.model.eval().zero_grad()
     images = inputs.detach().clone().requires_grad_()
     outputs: dict[str, Tensor] = {}
@@ -134,7 +164,7 @@ def _values(contender: Contender, inputs: Tensor) -> tuple[dict[str, Tensor], di
     outputs[TOTAL] = logits.detach().double()
     ran = set(backends.values()) - {"torch"}
     backends[TOTAL] = "+".join(sorted(ran)) or "torch"
-    logits.backward(torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits))
+    logits.backward(_direction(logits))
     gradients = {"input": torch.zeros_like(images) if images.grad is None else images.grad, **contender.gradients()}
     return outputs, {name: g.detach().double() for name, g in gradients.items()}, backends
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..distributed import exchange
 from ..geometry import Variant
+from ..images import prepare
 from ..models import AlexNet, TwoDeviceAlexNet, merge_state
 
 State = list[Tensor]
@@ -27,6 +28,7 @@ class Contender(Protocol):
     @property
     def variant(self) -> Variant: ...
 
+    def from_pixels(self, pixels: Tensor) -> Tensor: ...
     def enter(self, images: Tensor) -> State: ...
     def run_group(self, group: str, state: State) -> State: ...
     def merged(self, state: State) -> Tensor: ...
@@ -34,10 +36,16 @@ class Contender(Protocol):
 
 
 class OneDevice:
-    """An :class:`AlexNet`: ours or stock."""
+    """An :class:`AlexNet`: ours, or the stock one, whose pixels are prepared in front of it."""
 
-    def __init__(self, name: str, model: AlexNet) -> None:
-        self.name, self.model, self.variant = name, model, model.variant
+    def __init__(self, name: str, model: AlexNet, *, takes_pixels: bool = True) -> None:
+        self.name, self.model, self.variant, self.takes_pixels = name, model, model.variant, takes_pixels
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        """The logits of uint8 images in the host's memory, from their copying on."""
+        weight = next(self.model.parameters())
+        there = pixels.to(weight.device, non_blocking=True)
+        return self.model(there if self.takes_pixels else prepare(there, self.variant.preprocess, weight.dtype))
 
     def enter(self, images: Tensor) -> State:
         return [images.to(next(self.model.parameters()).device)]
@@ -61,6 +69,9 @@ class TwoDevices:
 
     def __init__(self, name: str, model: TwoDeviceAlexNet) -> None:
         self.name, self.model, self.variant = name, model, model.variant
+
+    def from_pixels(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels)
 
     def enter(self, images: Tensor) -> State:
         return self.model.receive(images, exchange.lanes(*self.model.devices))

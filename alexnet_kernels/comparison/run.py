@@ -18,13 +18,17 @@ from ..images import Loaded, prepare
 from ..models import AlexNet, TwoDeviceAlexNet, alexnet
 from ..profiling.monitor import GpuMonitor, Usage
 from ..profiling.timer import Timing, interleave
-from .check import FORWARD, TOTAL, TRAINING, Errors, check
+from .check import FORWARD, PIXELS, TOTAL, TRAINING, Errors, check
 from .contenders import Contender, OneDevice, State, TwoDevices
 from .stock import stock_alexnet
 
 STOCK, ONE, TWO = "torch.nn", "one device", "two devices"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str], None]
+_NOTE_PIXELS = (
+    f"'{PIXELS}' begins with 8-bit images in the host's memory, copied to the device as they are; {STOCK} prepares them there, "
+    "ours on the way into conv1. All other rows begin with prepared images"
+)
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,15 @@ def compare(
     with _precision(dtype):
         progress("weights")
         contenders = _contenders(variant, devices, DTYPES[dtype], seed)
-        pixels = images.batch(batch).to(devices[0])
-        inputs = prepare(pixels, variant.preprocess, DTYPES[dtype])
+        pixels = images.batch(batch, pinned=devices[0].type == "cuda")
+        inputs = prepare(pixels.to(devices[0]), variant.preprocess, DTYPES[dtype]).contiguous()
         labels = torch.randint(variant.num_classes, (batch,), generator=torch.Generator().manual_seed(seed)).to(
             devices[0]
         )
         progress("fp64 reference")
-        errors, transfers = check(contenders, inputs, dtype, progress)
-        rows = [*_time_forward(contenders, inputs, rounds, errors, progress)]
-        rows += _time_training(contenders, inputs, labels, rounds, errors, progress)
+        errors, transfers = check(contenders, inputs, pixels, dtype, progress)
+        rows = [*_time_forward(contenders, inputs, pixels, rounds, errors, progress)]
+        rows += _time_training(contenders, inputs, pixels, labels, rounds, errors, progress)
         usage, notes = _watch(contenders, inputs, labels, devices, progress)
     return Comparison(
         variant.name,
@@ -131,7 +135,7 @@ def compare(
         tuple(rows),
         usage,
         transfers,
-        notes,
+        (_NOTE_PIXELS, *notes),
     )
 
 
@@ -183,7 +187,7 @@ def _contenders(
     stock.load_state_dict(ours.state_dict())
     two = TwoDeviceAlexNet.from_one_device(ours, devices=devices).to(dtype)
     return (
-        OneDevice(STOCK, stock.to(devices[0], dtype)),
+        OneDevice(STOCK, stock.to(devices[0], dtype), takes_pixels=False),
         OneDevice(ONE, ours.to(devices[0], dtype)),
         TwoDevices(TWO, two),
     )
@@ -192,6 +196,7 @@ def _contenders(
 def _time_forward(
     contenders: Sequence[Contender],
     inputs: Tensor,
+    pixels: Tensor,
     rounds: int,
     errors: Errors,
     progress: Progress,
@@ -208,6 +213,9 @@ def _time_forward(
         progress(f"{FORWARD}: {TOTAL}")
         whole = {c.name: partial(c.model, inputs) for c in contenders}
         yield from _rows(TOTAL, FORWARD, _time(whole, contenders, rounds), errors)
+        progress(f"{FORWARD}: {PIXELS}")
+        whole = {c.name: partial(c.from_pixels, pixels) for c in contenders}
+        yield from _rows(PIXELS, FORWARD, _time(whole, contenders, rounds), errors)
 
 
 def _forward_call(contender: Contender, group: str, state: State) -> Callable[[], object]:
@@ -217,12 +225,13 @@ def _forward_call(contender: Contender, group: str, state: State) -> Callable[[]
 def _time_training(
     contenders: Sequence[Contender],
     inputs: Tensor,
+    pixels: Tensor,
     labels: Tensor,
     rounds: int,
     errors: Errors,
     progress: Progress,
 ) -> Iterator[Row]:
-    """A group's row: forward, and backward from a gradient of ones; the total: a step of SGD with momentum, loss included."""
+    """A group's row: forward, and backward from a gradient of ones; the totals: a step of SGD with momentum, loss included."""
     for c in contenders:
         c.model.train()
     with torch.no_grad():
@@ -237,6 +246,9 @@ def _time_training(
     progress(f"{TRAINING}: {TOTAL}")
     steps = {c.name: training_step(c.model, inputs, labels) for c in contenders}
     yield from _rows(TOTAL, TRAINING, _time(steps, contenders, rounds), errors)
+    progress(f"{TRAINING}: {PIXELS}")
+    steps = {c.name: training_step(c.model, pixels, labels, c.from_pixels) for c in contenders}
+    yield from _rows(PIXELS, TRAINING, _time(steps, contenders, rounds), errors)
 
 
 def _training_call(contender: Contender, group: str, state: State, *, needs_input: bool) -> Callable[[], object]:
@@ -253,15 +265,19 @@ def _training_call(contender: Contender, group: str, state: State, *, needs_inpu
 
 
 def training_step(
-    model: AlexNet | TwoDeviceAlexNet | torch.nn.Module, inputs: Tensor, labels: Tensor
+    model: AlexNet | TwoDeviceAlexNet | torch.nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[], None]:
-    """One step of SGD with momentum on a batch: forward, cross-entropy, backward, update. The learning rate is zero, so
-    that every step does the same work on the same weights."""
+    """One step of SGD with momentum on a batch: forward (``model`` itself, or what runs it), cross-entropy, backward, update.
+    The learning rate is zero, so that every step does the same work on the same weights."""
+    run = model if forward is None else forward
     optimiser = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        F.cross_entropy(model(inputs).float(), labels).backward()
+        F.cross_entropy(run(inputs).float(), labels).backward()
         optimiser.step()
 
     return step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,7 +49,7 @@ def stock_layer(facts: LayerFacts, towers: int = 1) -> torch.nn.Module:
             return TowerLRN(facts.op)
         case geometry.SpatialNorm():
             return StockSpatialNorm(facts.op)
-    return layer(facts, towers)
+    return layer(replace(facts, preprocess=None), towers)  # torch's convolution knows of no pixels
 
 
 def stock_alexnet(variant: str | Variant, num_classes: int | None = None, **overrides: object) -> models.AlexNet:

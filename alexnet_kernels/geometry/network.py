@@ -9,6 +9,8 @@ from typing import Literal
 
 from .layers import LRN, TOWERS, Conv, Dropout, Linear, MaxPool, Op, ReLU, Scope, Shape, SpatialNorm
 
+Triple = tuple[float, float, float]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -22,12 +24,20 @@ class Group:
 class Preprocess:
     """How the variant's network was fed: 8-bit pixels become ``(pixel * scale - mean) / std``, per channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    mean: Triple
+    std: Triple = (1.0, 1.0, 1.0)
     scale: float = 1.0
     channels: Literal["RGB", "BGR"] = "RGB"
     resize: int = 256
     squash: bool = False  # both sides to `resize` (Caffe); otherwise the shorter side, aspect kept
+
+    @property
+    def rgb(self) -> tuple[Triple, Triple]:
+        """``mean`` and ``scale`` that say the same as ``(pixel - mean) * scale`` of R, G and B."""
+        order = slice(None, None, -1 if self.channels == "BGR" else 1)
+        mean = tuple(m / self.scale for m in self.mean)[order]
+        factor = tuple(self.scale / s for s in self.std)[order]
+        return mean, factor  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class LayerFacts:
     connections: int = 0
     macs: int = 0
     exchanged: bool = False  # on two devices its input must arrive from the other tower first
+    preprocess: Preprocess | None = None  # how the images were prepared that it reads; None behind the first layer
 
     @property
     def formula(self) -> str:
@@ -215,7 +226,8 @@ def _walk(variant: Variant) -> Iterator[LayerFacts]:
                     f"input_size={variant.input_size} is too small for variant {variant.name!r}: "
                     f"{name} gets a {shape[1]}x{shape[2]} map and has no output; use a larger image"
                 )
-            facts = LayerFacts(name, group.name, op, shape, out)
+            prepared = variant.preprocess if shape is image else None
+            facts = LayerFacts(name, group.name, op, shape, out, preprocess=prepared)
             if isinstance(op, Conv | Linear):
                 neurons, fan_in = math.prod(out), op.macs_per_neuron(shape)
                 facts = replace(

@@ -22,7 +22,12 @@ def layer(facts: LayerFacts, towers: int = 1) -> torch.nn.Module:
     op = facts.op
     match op:
         case Conv():
-            kind = nn.CeilConv2d if op.ceil_mode else torch.nn.Conv2d
+            kind: type[torch.nn.Conv2d] = nn.CeilConv2d if op.ceil_mode else torch.nn.Conv2d
+            pixels: dict[str, object] = {}
+            if facts.preprocess is not None:
+                kind = nn.CeilConv2d if op.ceil_mode else nn.PixelConv2d
+                mean, scale = facts.preprocess.rgb
+                pixels = {"mean": mean, "scale": scale, "channels": facts.preprocess.channels}
             grouped = towers if op.groups > 1 else 1
             conv = kind(
                 facts.input[0] // grouped,
@@ -31,6 +36,7 @@ def layer(facts: LayerFacts, towers: int = 1) -> torch.nn.Module:
                 op.stride,
                 op.padding,
                 groups=op.groups // grouped,
+                **pixels,  # type: ignore[arg-type]
             )
             return _initialise(conv, op.std, op.bias)
         case geometry.Linear():
@@ -103,7 +109,10 @@ _FLATTEN = torch.nn.Flatten()
 
 
 class AlexNet(Network):
-    """A variant on one device; ``[N, 3, H, W]`` images, prepared as ``variant.preprocess`` says, to ``[N, num_classes]`` logits.
+    """A variant on one device; ``[N, 3, H, W]`` images to ``[N, num_classes]`` logits.
+
+    Floating-point images are prepared as ``variant.preprocess`` says; uint8 ones are RGB pixels, in either memory format, and
+    are prepared so on the way into conv1.
 
     Two towers are two groups of channels here: grouped convolutions, and LRN inside a group where the variant says so.
     """

@@ -80,7 +80,8 @@ class TwoDeviceAlexNet(torch.nn.Module):
         return first, second
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, 3, H, W]`` images (on any device) to ``[N, num_classes]`` logits on the first device."""
+        """``[N, 3, H, W]`` images (on any device, uint8 ones as in :class:`AlexNet`) to ``[N, num_classes]`` logits on the first
+        device."""
         lanes = exchange.lanes(*self.devices)
         halves = self.receive(x, lanes)
         for facts, modules in self.walk():

@@ -24,10 +24,6 @@ def plain(op: str, why: str, function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def conv2d_relu(*args: Any) -> Any:
-    return plain("conv2d_relu", WHY, reference.conv2d_relu, *args)
-
-
 def max_pool2d_with_indices(*args: Any) -> Any:
     return plain("max_pool2d", WHY_INDICES, reference.max_pool2d_with_indices, *args)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import fallthrough_kernel, register_autograd, register_fake
 
 from .. import dispatch, reference
-from . import composite, lrn, pool
+from . import conv, lrn, pool
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
@@ -180,18 +180,16 @@ def apply(
     return _by_two(activate(x, bias) if relu else x, norm, pooling, pool_first)
 
 
-# Where torch adds a convolution's bias in a pass of its own, the operation after it does so for nothing; oneDNN adds it for
-# nothing itself.
-_BIAS_APART = ("cuda",)
+# Where torch adds a convolution's bias in a pass of its own, the operation after it does so for nothing, and its backward has
+# the ReLU's mask and the bias gradient for nothing; oneDNN adds a bias for nothing itself.
+BIAS_APART = ("cuda",)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> tuple[Tensor, Tensor | None]:
-    """Torch's convolution, and the bias that is still to be added to it. No kernel of ours runs it in this version."""
-    if not torch.compiler.is_compiling():
-        dispatch.require_reference("conv2d", composite.WHY)
-    if bias is None or x.device.type not in _BIAS_APART:
-        return F.conv2d(x, weight, bias, *conv), None
-    a = F.conv2d(x, weight, None, *conv)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and the bias that is still to be added to it."""
+    if bias is None or x.device.type not in BIAS_APART:
+        return conv.apply("conv2d", x, weight, bias, False, *args), None
+    a = conv.apply("conv2d", x, weight, None, False, *args)
     return a, bias.to(a.dtype)
 
 
