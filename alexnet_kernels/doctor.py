@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -76,6 +77,25 @@ def diagnose() -> Diagnosis:
         problems=_problems(checks),
         library="; ".join(f"{name}: {_extension.describe(name)}" for name in _extension.OPERATIONS),
     )
+
+
+def shipped_kernels(pattern: str = "conv.* bfloat16 .*batch 256", arch: int = 90) -> list[dict[str, object]]:
+    """The Triton launches that ``pattern`` finds in the catalogue, compiled for sm_``arch``: what each needs of a multiprocessor.
+
+    No GPU is needed. One row a launch: its label, tile, programs, warps, stages, registers, spilled and shared bytes, and
+    ``blocks_per_sm``, the CTAs that one multiprocessor of an H100 or H200 holds.
+
+    Raises:
+        RuntimeError: Triton is not installed, or ``TRITON_INTERPRET=1`` is set.
+        ValueError: ``pattern`` finds nothing, or ``arch`` is none of 80, 90 and 100.
+    """
+    if arch not in (80, 90, 100):
+        raise ValueError(f"arch={arch} is none of the GPUs that the kernels are written for; use 80, 90 or 100")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed, so no kernel can be compiled: pip install triton (Linux only)")
+    from .kernels import catalogue
+
+    return [asdict(row) for row in catalogue.rows(pattern, arch)]
 
 
 def _ask(question: Callable[[], str]) -> str:

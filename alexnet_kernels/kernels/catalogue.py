@@ -24,7 +24,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One launch, compiled. ``tile`` holds its sizes that are powers of two of a block, as its constants name them."""
+    """One launch, compiled; ``tile`` is what one program computes."""
 
     label: str
     programs: int
@@ -72,6 +72,14 @@ def rows(pattern: str, arch: int) -> Iterator[Row]:
 
 
 def _tile(launch: Launch) -> str:
-    """``128x(128+64)x64`` of a product's tuple of sizes; the number of a block's lanes elsewhere."""
-    block = launch.constants.get("BLOCK", "")
-    return "x".join(map(str, block)) if isinstance(block, tuple) else str(block)
+    """``128x(128+64)x64``, rows x columns x depth, of a product; the number of a block's things elsewhere."""
+    c = launch.constants
+    if "BLOCK_M" in c:
+        parts = ([c[f"BLOCK_{axis}"], c.get(f"REST_{axis}", 0)] for axis in "MNK")
+    elif isinstance(c.get("BLOCK"), tuple):
+        m, n, *rest = c["BLOCK"]
+        parts = ([m], [n, rest[0]], rest[1:]) if len(rest) == 3 else ([m], [n], rest[:1])
+    else:
+        return str(c.get("BLOCK", ""))
+    sums = ("+".join(map(str, filter(None, part))) for part in parts)
+    return "x".join(f"({one})" if "+" in one else one for one in sums)
