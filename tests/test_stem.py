@@ -324,6 +324,9 @@ def test_the_kept_map_is_differentiable_too(order: bool) -> None:
 
     assert torch.autograd.gradcheck(call, (x, w, b), fast_mode=True)
     assert torch.autograd.gradgradcheck(call, (x, w, b), fast_mode=True)
+    together = torch.autograd.grad(sum(t.square().sum() for t in call(x, w, b)), w)[0]
+    apart = [torch.autograd.grad(call(x, w, b)[i].square().sum(), w)[0] for i in (0, 1)]
+    torch.testing.assert_close(together, apart[0] + apart[1])
     (dw,) = torch.autograd.grad(call(x, w, b)[1].sum(), w)
     torch.testing.assert_close(dw, torch.autograd.grad(TF.conv2d(x, w, b, 4).relu().sum(), w)[0])
 
