@@ -10,6 +10,7 @@ import torch
 from torch import SymInt, Tensor
 
 from . import reference
+from .ops import _stem_arguments as _image
 from .ops import stem as _stem
 
 AlphaMode = Literal["mean", "sum"]
@@ -124,7 +125,7 @@ def _pixel_numbers(x: Tensor, name: str, value: Channels) -> Tensor:
 
 def require_image(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair | Sides, mean: Channels | None, scale: Channels | None
-) -> _stem.Image:
+) -> _image.Image:
     """The arguments of an operation on images, checked, in the form that its operation takes."""
     require_tensor("input", x)
     require_tensor("weight", weight)
@@ -142,7 +143,7 @@ def require_image(
             "input is torch.uint8, pixels of an image, and mean and scale are missing: pass what the weight was trained "
             "with, (input - mean) * scale; mean=(0, 0, 0), scale=(1, 1, 1) for the pixels as they are"
         )
-    around = _stem.sides(padding)
+    around = _image.sides(padding)
     if around is None:
         raise ValueError(
             f"padding={padding!r} must be a number, (rows, columns) or (top, bottom, left, right), none of them below 0"
@@ -150,10 +151,10 @@ def require_image(
     numbers: tuple[Tensor | None, Tensor | None] = (None, None)
     if mean is not None and scale is not None:
         numbers = _pixel_numbers(x, "mean", mean), _pixel_numbers(x, "scale", scale)
-    return _stem.Image(x, weight, bias, *numbers, around)
+    return _image.Image(x, weight, bias, *numbers, around)
 
 
-def overhanging(image: _stem.Image, stride: Pair) -> _stem.Image:
+def overhanging(image: _image.Image, stride: Pair) -> _image.Image:
     """As much more zeros below and on the right as the last window needs: ``ceil_mode`` of a convolution."""
     top, bottom, left, right = image.padding
     (height, width), (rows, columns) = image.x.shape[-2:], image.weight.shape[-2:]
@@ -166,7 +167,7 @@ def overhanging(image: _stem.Image, stride: Pair) -> _stem.Image:
 
 def stem_image(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: Stem, mean: Channels | None, scale: Channels | None
-) -> tuple[Pair, _stem.Image]:
+) -> tuple[Pair, _image.Image]:
     stride, padding, ceil_mode = conv
     image = require_image(x, weight, bias, padding, mean, scale)
     if x.dim() != 4:

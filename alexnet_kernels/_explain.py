@@ -27,6 +27,7 @@ from ._arguments import (
     require_tensor,
     stem_image,
 )
+from .ops import _stem_arguments as _image
 from .ops import composite as _composite
 from .ops import conv as _conv
 from .ops import conv_chain as _conv_chain
@@ -86,7 +87,7 @@ def explain_conv_relu(
 ) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
-    image, why = _stem.image_of(x, weight, bias, *conv) if precision is None else None, None
+    image, why = _image.image_of(x, weight, bias, *conv) if precision is None else None, None
     if image is not None:
         said = _stem.explain("conv2d_relu", image, (conv[0],), True, None)
         if isinstance(said, Explanation):
@@ -102,16 +103,16 @@ def _because(why: str | None, explanation: Explanation) -> Explanation:
     return replace(explanation, why_not=explanation.why_not | {"cuda": why})
 
 
-def _taken(image: _stem.Image) -> _stem.Image:
+def _taken(image: _image.Image) -> _image.Image:
     """What ``stem.taken`` makes of it, without its memory."""
     if image.mean is None or image.x.dtype == torch.uint8:
         return image
     return image._replace(x=_like(image.weight, image.x.shape), mean=None, scale=None)
 
 
-def _plain_image(image: _stem.Image) -> tuple[Tensor, tuple[int, int]]:
+def _plain_image(image: _image.Image) -> tuple[Tensor, tuple[int, int]]:
     """What ``stem.prepared`` makes of it, without its memory."""
-    x, padding = _stem.prepared(_stem.Image(*_meta(*image)))
+    x, padding = _image.prepared(_image.Image(*_meta(*image)))
     return _like(image.weight, x.shape), padding
 
 
@@ -233,7 +234,7 @@ def explain_conv_and_rest(
 ) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
-    image, block = _stem.image_of(x, weight, bias, *conv), block_of(weight, norm, pooling, **options)
+    image, block = _image.image_of(x, weight, bias, *conv), block_of(weight, norm, pooling, **options)
     why = None
     if image is not None and block is not None:
         whole = _stem.explain(op, image, (conv[0],), True, block)

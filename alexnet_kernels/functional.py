@@ -38,6 +38,7 @@ from ._arguments import (
     stem_image,
 )
 from ._explain import WHY_LEARNED
+from .ops import _stem_arguments as _image
 from .ops import composite as _composite
 from .ops import conv as _conv
 from .ops import conv_chain as _conv_chain
@@ -160,7 +161,7 @@ def conv2d_relu(
     require_tensor("weight", weight)
     require_precision(precision)
     if precision is None:  # the kernel for images has tf32 alone, where torch's flags allow it
-        image = _stem.image_of(input, weight, bias, stride, padding, dilation, groups)
+        image = _image.image_of(input, weight, bias, stride, padding, dilation, groups)
         y = None if image is None else _stem.apply_conv1(image, relu=True)
         if y is not None:
             return y
@@ -307,7 +308,7 @@ def _conv_and_rest(
 ) -> Tensor:
     require_tensor("input", x)
     require_tensor("weight", weight)
-    image = _stem.image_of(x, weight, bias, *conv)
+    image = _image.image_of(x, weight, bias, *conv)
     if image is not None:
         y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
         if y is not None:
@@ -379,21 +380,21 @@ def conv2d_relu_max_pool2d_lrn(
 
 
 def _stem_in_one(
-    image: _stem.Image, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
+    image: _image.Image, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
 ) -> Tensor | None:
     block = block_of(image.weight, norm, pooling, groups, alpha_mode, pool_first=pool_first)
     return None if block is None else _stem.apply_stem(image, *block)
 
 
-def _convolve_image(image: _stem.Image, stride: Pair, ceil_mode: bool, relu: bool) -> Tensor:
+def _convolve_image(image: _image.Image, stride: Pair, ceil_mode: bool, relu: bool) -> Tensor:
     if ceil_mode:
         image = overhanging(image, stride)
-    image = _stem.taken(image)
-    if _stem.why_plain(image, stride) is None:
+    image = _image.taken(image)
+    if _image.why_plain(image, stride) is None:
         y = _stem.apply_conv1(image, relu)
         if y is not None:
             return y
-    x, padding = _stem.prepared(image)
+    x, padding = _image.prepared(image)
     if relu:
         return _conv.apply("conv1_relu", x, image.weight, image.bias, True, stride, padding, 1, 1)
     return _conv.apply("conv1", x, image.weight, image.bias, False, stride, padding, 1, 1)
@@ -494,12 +495,12 @@ def alexnet_stem(
         options = {"pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode, "mean": mean, "scale": scale}
         return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **options)
     stride, image = stem_image(*tensors, conv, mean, scale)
-    image = _stem.taken(image)
-    if _stem.why_plain(image, stride) is None:
+    image = _image.taken(image)
+    if _image.why_plain(image, stride) is None:
         y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
         if y is not None:
             return y
-    x, padding = _stem.prepared(image)
+    x, padding = _image.prepared(image)
     convolution = (stride, padding, 1, 1)
     return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first)
 

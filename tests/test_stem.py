@@ -19,7 +19,7 @@ from alexnet_kernels import _extension, dispatch, nn, reference
 from alexnet_kernels import functional as F
 from alexnet_kernels._fusion import steps
 from alexnet_kernels.convert import convert, revert
-from alexnet_kernels.ops import _stem_ways, stem
+from alexnet_kernels.ops import _stem_arguments, _stem_ways, stem
 
 tnn = torch.nn
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -216,7 +216,9 @@ def test_ceil_mode_hangs_over_as_the_2012_source(either: str, height: int) -> No
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_any_convolution_is_torchs(either: str, size: int, stride, padding, channels: int) -> None:
     x, w = torch.randn(2, channels, 17, 19), torch.randn(6, channels, size, size)
-    around = padding if len(stem.sides(padding)) == len(padding if isinstance(padding, tuple) else ()) else None
+    around = (
+        padding if len(_stem_arguments.sides(padding)) == len(padding if isinstance(padding, tuple) else ()) else None
+    )
     padded = TF.pad(x, (2, 1, 0, 3)) if around else x
     expected = TF.conv2d(padded, w, None, stride, 0 if around else padding)
     assert relative(F.conv1(x, w, None, stride, padding), expected) < 1e-6

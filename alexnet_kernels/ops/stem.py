@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, channels_last, memory_format
@@ -25,35 +25,16 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 from .. import dispatch, reference
 from . import fused, pool
 from ._conv_ways import layout_for
-from ._library import AUTOCAST_KEYS, LIBRARY, dense, is_direct, layout_of, wants_gradient, why_transformed
-from ._stem_ways import STRIDE, WINDOW, Map, Padding, cuda_conv1_why_not, cuda_stem_why_not
+from ._library import AUTOCAST_KEYS, LIBRARY, dense, is_direct, layout_of, wants_gradient
+from ._stem_arguments import Image, cast, out_size, why_plain
+from ._stem_ways import STRIDE, Map, Padding, cuda_conv1_why_not, cuda_stem_why_not
 from .fused import Norm, Pool
 from .pool import Window
-
-
-class Image(NamedTuple):
-    """What the operations read, in their order: images, weights, and how pixels are prepared."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    mean: Tensor | None
-    scale: Tensor | None
-    padding: Padding
 
 
 def _layout(x: Tensor, weight: Tensor) -> memory_format:
     """Of the results: decoders hand pixels over with the channels innermost, and a network goes on so; else torch's rule."""
     return channels_last if x.dtype == torch.uint8 else layout_for(x, weight)
-
-
-def out_size(
-    x: Tensor, weight: Tensor, padding: Padding, stride: tuple[int, int] = (STRIDE, STRIDE)
-) -> tuple[int, int]:
-    """Rows and columns of the convolution's map; below 1 where an image is smaller than the window."""
-    top, bottom, left, right = padding
-    rows, columns = x.shape[-2] + top + bottom - weight.shape[-2], x.shape[-1] + left + right - weight.shape[-1]
-    return rows // stride[0] + 1, columns // stride[1] + 1
 
 
 def _conv1(chosen: dispatch.Implementation | None, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -256,87 +237,9 @@ class Stem(torch.autograd.Function):
         return (*_gradient_stem(ctx, *grads), None)
 
 
-def taken(image: Image) -> Image:
-    """``image`` as the operations take it: what is not 8-bit pixels, or is differentiated by mean or scale, prepared already."""
-    x, _, _, mean, scale, _ = image
-    if mean is None or scale is None or (x.dtype == torch.uint8 and not wants_gradient(mean, scale)):
-        return image
-    return image._replace(x=reference.pixels(x, mean, scale, _dtype(image.weight)), mean=None, scale=None)
-
-
-def sides(padding: Any) -> tuple[int, int, int, int] | None:
-    """Top, bottom, left, right of a number, of rows and columns, or of all four; None of what torch alone understands."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    four = (padding,) * 4 if not isinstance(padding, (tuple, list)) else tuple(padding)
-    if len(four) == 2:
-        four = (four[0], four[0], four[1], four[1])
-    return four if len(four) == 4 and all(isinstance(p, (int, torch.SymInt)) and p >= 0 for p in four) else None
-
-
-def image_of(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Image | None:
-    """What the kernel may be offered of a convolution with torch's arguments; None where torch runs it, or refuses it."""
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != WINDOW:  # first, because it is quick: every convolution asks
-        return None
-    around = sides(padding)
-    if around is None or not (x.dtype == weight.dtype or (_is_autocast(weight) and x.is_floating_point())):
-        return None
-    image = Image(x, weight, bias, None, None, around)
-    return image if why_plain(image, stride, dilation, groups) is None else None
-
-
-def why_plain(image: Image, stride: Any, dilation: Any = 1, groups: int = 1) -> str | None:
-    """What the kernel is never asked: other convolutions, and what torch answers itself or says what is wrong with."""
-    x, weight, bias, _, _, padding = image
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != WINDOW or not _is(stride, STRIDE):
-        return "written for 11x11 windows over 3 channels with stride 4"
-    if not _is(dilation, 1) or groups != 1:
-        return "written for one group, without dilation"
-    if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
-        return f"written for images [N, 3, H, W], not {tuple(x.shape)}"
-    if bias is not None and (bias.dtype != weight.dtype or tuple(bias.shape) != tuple(weight.shape[:1])):
-        return f"written for a bias of the weight's dtype, a number for each map, not {bias.dtype} {tuple(bias.shape)}"
-    if any(t is not None and t.device != x.device for t in image[1:5]):
-        return "written for tensors on one device"
-    rows, columns = out_size(x, weight, padding)
-    if min(rows, columns) < 1:
-        return f"no 11x11 window fits into {tuple(x.shape)}"
-    if max(3 * x.shape[2] * x.shape[3], 4 * weight.shape[0] * rows * columns) >= 2**31 or max(padding) >= 2**16:
-        return "written for images of less than 2^31 numbers, and maps of less than 2^31 bytes"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace records torch's own operations"
-    return why_transformed()
-
-
-def _is(value: Any, number: int) -> bool:
-    """Whether ``value`` is ``number``, or that for rows and columns."""
-    return value == number or (isinstance(value, (tuple, list)) and list(value) == [number, number])
-
-
-def _is_autocast(weight: Tensor) -> bool:
-    kind = weight.device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-
-
-def _dtype(weight: Tensor) -> torch.dtype:
-    """What torch's convolution would compute in: the dtype of the autocast in force, which leaves fp64 alone."""
-    if weight.dtype == torch.float64 or not _is_autocast(weight):
-        return weight.dtype
-    return torch.get_autocast_dtype(weight.device.type)
-
-
-def _cast(image: Image) -> Image:
-    dtype = _dtype(image.weight)
-    if dtype == image.weight.dtype:
-        return image
-    return image._replace(weight=image.weight.to(dtype), bias=None if image.bias is None else image.bias.to(dtype))
-
-
 def apply_conv1(image: Image, relu: bool) -> Tensor | None:
     """The convolution by the kernel; None where none can run it, an error where it was asked for by name."""
-    image = _cast(image)
+    image = cast(image)
     x, weight, bias, *_ = image
     if torch.compiler.is_compiling():
         return conv1(*image, relu) if _runs_compiled("conv1", image, relu) else None
@@ -357,7 +260,7 @@ def apply_stem(image: Image, norm: Norm, pooling: Pool, pool_first: bool, relu: 
     window = pool.window_of(*pooling[:4])
     if window is None or _why_no_map(image, window) is not None:
         return None
-    image = _cast(image)
+    image = cast(image)
     x, weight, bias, *_ = image
     rest = (relu, *norm, window, pooling[4], pool_first, wants_gradient(x, weight, bias))
     if torch.compiler.is_compiling():
@@ -375,19 +278,6 @@ def apply_stem(image: Image, norm: Norm, pooling: Pool, pool_first: bool, relu: 
     return _stem(chosen, *image, *rest)[0]
 
 
-def prepared(image: Image) -> tuple[Tensor, tuple[int, int]]:
-    """The image as torch's convolution takes it, and its padding: what is done in front of that where no kernel runs."""
-    x, weight, _, mean, scale, padding = image
-    dtype = _dtype(weight)
-    if x.dtype == torch.uint8 and x.dim() == 4:
-        x = x.contiguous(memory_format=channels_last)
-    if mean is not None and scale is not None:
-        x = reference.pixels(x, mean, scale, dtype)
-    elif dtype == weight.dtype:  # autocast casts by itself
-        x = x.to(dtype)
-    return reference.even_padding(x, padding)
-
-
 Block = tuple[Norm, Pool, bool]  # what follows the convolution and its ReLU: norm, pooling, pool_first
 
 
@@ -400,7 +290,7 @@ def explain(op: str, image: Image, conv: Sequence[Any], relu: bool, block: Block
         window = pool.window_of(*pooling[:4])
         why, name = why or _why_no_map(image, window), "stem"
         rest = (relu, *norm, window, pooling[4], pool_first, False)
-    image = _cast(image)
+    image = cast(image)
     why = why or (cuda_conv1_why_not if block is None else cuda_stem_why_not)(*image, *rest)
     wanted = dispatch.requested()
     if why is None and wanted in ("auto", "cuda"):
