@@ -36,7 +36,7 @@ compare: venv
 	$(BIN)/python -m alexnet_kernels compare $(ARGS)
 
 test: venv
-	$(BIN)/python -m pytest -ra $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -ra -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 # `make -k check` goes on after the first complaint. Modules, not commands: with TORCH=system a tool may be the system's,
 # and then $(BIN) has no command of its name.

@@ -580,8 +580,9 @@ def test_dtypes_that_no_kernel_takes(dtype: torch.dtype) -> None:
 def flags() -> Iterator[None]:
     conv_flag = torch.backends.cudnn.conv
     before = conv_flag.fp32_precision
-    yield
-    torch.backends.cudnn.allow_tf32 = before == "tf32"
+    with torch.backends.__allow_nonbracketed_mutation():  # torch's own testing module, once imported, freezes the flags
+        yield
+        torch.backends.cudnn.allow_tf32 = before == "tf32"
     assert conv_flag.fp32_precision == before
 
 
