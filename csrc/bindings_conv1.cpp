@@ -18,7 +18,8 @@ using namespace bindings;
 bool warpgroups() {
     const char* set = std::getenv("ALEXNET_KERNELS_CONV1");
     const std::string way = set == nullptr || *set == 0 ? "mma" : set;
-    STD_TORCH_CHECK(way == "mma" || way == "wgmma", "ALEXNET_KERNELS_CONV1=", way, " is no way to multiply; use 'mma' or 'wgmma'");
+    STD_TORCH_CHECK(way == "mma" || way == "wgmma", "ALEXNET_KERNELS_CONV1=", way,
+                    " is no way to multiply; use 'mma' or 'wgmma'");
     return way == "wgmma";
 }
 

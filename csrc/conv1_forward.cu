@@ -5,8 +5,8 @@
 //
 // A block owns up to 56 columns of one image and walks down them two rows of `a` at a time, its weights resident in shared
 // memory. In a step it loads the strip of the image under the two rows, each pixel converted once on its way; multiplies
-// (conv1_tile.h, or conv1_warpgroup.h where that is asked for); and, when all warps are done with the strip, puts the rows of `a`, rounded, in its place: from there they
-// go to memory as whole vectors, or are normalised, each number once, and pooled.
+// (conv1_tile.h, or conv1_warpgroup.h where that is asked for); and, when all warps are done with the strip, puts the rows of
+// `a`, rounded, in its place: from there they go to memory as whole vectors, or are normalised, each number once, and pooled.
 //
 // With pooling, a step is one row of windows: the row of `a` above its two stays from the step before. So only the first step
 // of a walk computes a row twice, and a tile's first column is the last of the tile before. Who computes a number that another
@@ -14,43 +14,11 @@
 // `a` reaches memory.
 #include "conv1.h"
 
-#include <algorithm>
-
 #include "conv1_stem.h"
+#include "conv1_walk.h"
 #include "conv1_warpgroup.h"
 
 namespace {
-
-constexpr int64_t kEnoughBlocks = 256;        // two on each of an H200's 132 multiprocessors, nearly
-constexpr int kFewestSteps = 4;               // of a walk: loading the weights costs about half a step
-
-// How blocks lie over the problem.
-struct Tiling {
-    int steps;               // down a whole image
-    int walks, walk_steps;   // of a column of tiles; steps of a walk
-    int tiles, tile_units;   // across; a unit is a column of windows with pooling, else a column of `a`
-};
-
-// What one block does. Rows and columns of `a`.
-struct Walk {
-    int64_t image;
-    int first_step, last_step, first_unit, units, first_column, columns;
-};
-
-DEVICE Walk find_walk(const Tiling& tiling, const Conv1Forward& p, bool stem) {
-    Walk walk;
-    const int block = blockIdx.x, tile = block / tiling.walks % tiling.tiles;
-    walk.image = block / tiling.walks / tiling.tiles;
-    walk.first_step = block % tiling.walks * tiling.walk_steps;
-    walk.last_step = walk.first_step + tiling.walk_steps < tiling.steps ? walk.first_step + tiling.walk_steps : tiling.steps;
-    walk.first_unit = tile * tiling.tile_units;
-    walk.first_column = walk.first_unit * (stem ? 2 : 1);
-    const int all = stem ? p.out_width / 2 : p.out_width;
-    walk.units = walk.first_unit + tiling.tile_units < all ? tiling.tile_units : all - walk.first_unit;
-    const int wanted = stem ? 2 * walk.units + 1 : walk.units;
-    walk.columns = wanted < p.out_width - walk.first_column ? wanted : p.out_width - walk.first_column;
-    return walk;
-}
 
 // ---------------------------------------------------------------------------------------------------- sums to `a`
 
@@ -282,20 +250,6 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
 
 // ---------------------------------------------------------------------------------------------------- launchers
 
-template <class T> Tiling lay_out(const Conv1Forward& p) {
-    Tiling tiling;
-    const int units = T::kStem ? p.out_width / 2 : p.out_width, most = T::kStem ? T::kColumns / 2 : T::kColumns;
-    tiling.steps = T::kStem ? p.out_height / 2 : (p.out_height + 1) / 2;
-    tiling.tiles = (units + most - 1) / most;
-    tiling.tile_units = (units + tiling.tiles - 1) / tiling.tiles;
-    const int64_t columns = p.in.images * tiling.tiles, wanted = (kEnoughBlocks + columns - 1) / columns;
-    const int possible = tiling.steps < kFewestSteps ? 1 : tiling.steps / kFewestSteps;
-    tiling.walks = static_cast<int>(wanted < possible ? wanted : possible);
-    tiling.walk_steps = (tiling.steps + tiling.walks - 1) / tiling.walks;
-    tiling.walks = (tiling.steps + tiling.walk_steps - 1) / tiling.walk_steps;
-    return tiling;
-}
-
 // Calls `f` with the traits of the problem: all weights at once, or half of them where a block has less shared memory.
 template <ElementType kType, int kChannels, bool kStem, class F> auto with_parts(const Conv1Forward& p, F f) {
     if constexpr (kType != ElementType::kFloat32) {
@@ -326,26 +280,6 @@ template <class F> auto with_traits(const Conv1Forward& p, ElementType type, F f
     return type == ElementType::kFloat32   ? with_pool<ElementType::kFloat32>(p, f)
            : type == ElementType::kFloat16 ? with_pool<ElementType::kFloat16>(p, f)
                                            : with_pool<ElementType::kBFloat16>(p, f);
-}
-
-// Products of 16 pixels, each with all channels, that the walks of one image issue.
-template <class T> int64_t products(const Conv1Forward& p, const Tiling& tiling) {
-    if constexpr (T::Order::kWarpgroup) {  // rows of 64 pixels
-        const int64_t rows = 2 * tiling.steps + (T::kStem ? tiling.walks : -(p.out_height % 2));
-        return tiling.tiles * rows * (T::Order::kRowPixels / 16);
-    } else {
-        int64_t count = 0;
-        for (int tile = 0; tile < tiling.tiles; ++tile) {
-            const int column = tile * tiling.tile_units * (T::kStem ? 2 : 1);
-            const int columns = std::min(tiling.tile_units * (T::kStem ? 2 : 1) + T::kStem, p.out_width - column);
-            for (int step = 0; step < tiling.steps; ++step) {
-                const bool both = 2 * step + T::kStem + 1 < p.out_height;
-                count += ((both ? 2 : 1) * columns + 15) / 16;
-            }
-            count += T::kStem ? tiling.walks * ((columns + 15) / 16) : 0;  // the row that a walk begins with
-        }
-        return count;
-    }
 }
 
 }  // namespace
@@ -401,8 +335,8 @@ void conv1_forward(const Conv1Forward& p, ElementType type, void* stream) {
         using T = decltype(traits);
         const Tiling tiling = lay_out<T>(p);
         const unsigned words = T::Order::kDepth * T::kChannels / T::E::kPerWord;
-        launch(pack<T::kType, typename T::Order>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight, static_cast<uint32_t*>(p.packed),
-               p.channels);
+        launch(pack<T::kType, typename T::Order>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight,
+               static_cast<uint32_t*>(p.packed), p.channels);
         const int64_t blocks = p.in.images * tiling.tiles * tiling.walks;
         launch(forward<T>, dim3(static_cast<unsigned>(blocks)), dim3(T::kThreads), T::kSharedBytes, stream, p, tiling);
     });

@@ -42,7 +42,7 @@ template <int kPerWord> struct TapRows {
         return slot(step, high) / kWords * line + slot(step, high) % kWords * 4;
     }
 
-    // Word i of the order in which lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
+    // The weights as lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
     DEVICE static TapWord tap_word(int i, int) {
         const int lane = i / 4 % kWarpSize, step = i / 128 % kSteps, tile = i / 128 / kSteps * 2 + i % 4 / 2;
         const int of_tap = slot(step, i % 2) + lane % 4;

@@ -1,6 +1,6 @@
-// The product of conv1_tile.h by a warpgroup's instructions, for 16-bit types: the tensor cores read shared memory themselves, and
-// what they read is pieces of 16 bytes (warpgroup.h). So the strip's lines lie by pairs, 2 p and 2 p + 1, in pieces of
-// 16 bytes: four numbers of the one, the same four of the other. A piece belongs to a tap of every pixel:
+// The product of conv1_tile.h by a warpgroup's instructions, for 16-bit types: the tensor cores read shared memory themselves,
+// in pieces of 16 bytes (warpgroup.h). So the strip's lines lie by pairs, 2 p and 2 p + 1: four numbers of the one and the same
+// four of the other are a piece. A piece is a tap of every pixel near it:
 //
 //   piece (p, c) of the strip is tap (p - 6 row, c - column) of pixel (row, column),   p - 6 row < 17, c - column < 3
 //
@@ -31,8 +31,12 @@ struct WarpgroupTaps {
 
     // Which piece the halves of a step are. They lie below each other; at last, where one pair is left, beside each other,
     // and the last but one again, without weight.
-    DEVICE static constexpr int pair(int step, int half) { return step < kWholeSteps ? step / kTaps * 2 + half : kTapPairs - 1; }
-    DEVICE static constexpr int tap(int step, int half) { return step < kWholeSteps ? step % kTaps : step - kWholeSteps + half; }
+    DEVICE static constexpr int pair(int step, int half) {
+        return step < kWholeSteps ? step / kTaps * 2 + half : kTapPairs - 1;
+    }
+    DEVICE static constexpr int tap(int step, int half) {
+        return step < kWholeSteps ? step % kTaps : step - kWholeSteps + half;
+    }
     DEVICE static constexpr bool counts(int step, int half) { return step < kSteps - 1 || half == 1; }
     DEVICE static constexpr int at(int step, int half) { return pair(step, half) * kPair + tap(step, half) * kPiece; }
     DEVICE static uint32_t mask(int step, int half, int q) {  // of word q of a piece
