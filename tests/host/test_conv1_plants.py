@@ -47,8 +47,8 @@ def plant(folder: Path, file: str, text: str, count: int, which: int, instead: s
     assert source.count(text) == count, f"{text!r} is {source.count(text)} times in {file}"
     pieces = source.split(text)
     bugged = text.join(pieces[: which + 1]) + instead + text.join(pieces[which + 1 :])
-    for name in (FORWARD, TILE, WARPGROUP):  # the whole chain of includes: one beside csrc would find csrc's
-        (folder / name).write_text(bugged if name == file else (ROOT / "csrc" / name).read_text())
+    for one in (ROOT / "csrc" / FORWARD, *(ROOT / "csrc").glob("conv1_*.h")):  # headers find those beside them
+        (folder / one.name).write_text(bugged if one.name == file else one.read_text())
     return [str(folder / FORWARD), "tests/host/conv1_driver.cpp"]
 
 

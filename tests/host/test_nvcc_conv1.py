@@ -73,7 +73,9 @@ def compile_for(architecture: str, target: Path) -> list[Kernel]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr
-    assert not re.findall(r".*(?:serialized|injected).*", report)  # products one by one, a wait or fence that is not ours
+    assert not re.findall(
+        r".*(?:serialized|injected).*", report
+    )  # products one by one, a wait or fence that is not ours
     pattern = (
         r"ElementType(\d)ELi(\d+)ELb(\d)ELi(\d)E\d+(Warpgroup|)Taps.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers"
