@@ -28,8 +28,11 @@ SOURCES = {
     "cuda": [
         "csrc/lrn_pool_backward.cu",
         "csrc/conv1_forward.cu",
+        "csrc/conv1_backward.cu",
+        "csrc/conv1_dgrad.cu",
         "csrc/bindings_cuda.cpp",
         "csrc/bindings_conv1.cpp",
+        "csrc/bindings_conv1_backward.cpp",
     ],
 }
 TORCH = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10, the oldest that is supported

@@ -15,7 +15,7 @@ import torch
 
 OPERATIONS = {
     "cpu": ("lrn", "lrn_backward", "max_pool2d", "max_pool2d_backward", "lrn_pool", "lrn_pool_backward", "simd_level"),
-    "cuda": ("lrn_pool_backward", "conv1", "stem"),
+    "cuda": ("lrn_pool_backward", "conv1", "stem", "conv1_backward"),
 }
 REBUILD = 'pip install --no-build-isolation -e ".[bench]" -c constraints.txt'
 _FOLDER = Path(__file__).parent

@@ -111,6 +111,13 @@ DEVICE uint32_t add_zero_times_half2(uint32_t sum, uint32_t word) {
     return r;
 }
 
+// All bits of each half whose uppermost is set.
+DEVICE uint32_t spread_signs_16x2(uint32_t word) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(r) : "r"(word));
+    return r;
+}
+
 // A word holds two numbers, the one of the lower address in its low half.
 DEVICE uint32_t pack_bf16x2(float low, float high) {
     uint32_t r;

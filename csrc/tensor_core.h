@@ -5,6 +5,7 @@
 //
 //   m16n8k16   a[i]: row g + 8 * (i % 2), columns 2q, 2q + 1 (+ 8 from a[2] on)      b0, b1: rows 2q, 2q + 1 (+ 8), column g
 //   m16n8k8    a[i]: row g + 8 * (i % 2), column q (+ 4 from a[2] on)                b0, b1: row q (+ 4), column g
+//   its 16-bit form (mma_*_k8) is the first half of m16n8k16: a0 and a1, b0
 //   d[i]       row g + 8 * (i / 2), column 2q + i % 2
 #pragma once
 
@@ -51,6 +52,16 @@ DEVICE void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE void mma_bf16_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+DEVICE void mma_half_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
 }
 // Of an operand's 32 bits only the upper 19 count.
 DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

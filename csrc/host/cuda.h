@@ -97,6 +97,7 @@ inline uint32_t float_to_half(float value) {
     return sign | std::min(rounded - (112u << 10), 0x7c00u);
 }
 
+inline uint32_t spread_signs_16x2(uint32_t word) { return (word >> 15 & 0x00010001) * 0xffff; }
 inline float low_bf16(uint32_t pair) { return as_float(pair << 16); }
 inline float high_bf16(uint32_t pair) { return as_float(pair & 0xffff0000); }
 inline uint32_t pack_bf16x2(float low, float high) { return float_to_bf16(low) | float_to_bf16(high) << 16; }

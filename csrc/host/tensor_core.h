@@ -115,6 +115,8 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     host::product<2, half_to_float>(d, a, b0, b1);
 }
+inline void mma_bf16_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) { mma_bf16(d, {a0, a1, 0, 0}, b0, 0); }
+inline void mma_half_k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0) { mma_half(d, {a0, a1, 0, 0}, b0, 0); }
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     host::product<1, host::tf32_to_float>(d, a, b0, b1);
 }

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", "-x", "c++"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 KERNELS = ["csrc/lrn_pool_backward.cu"]
+CONV1_BACKWARD = ["csrc/conv1_backward.cu", "csrc/conv1_dgrad.cu", "tests/host/conv1_backward_driver.cpp"]
 CONV1 = ["csrc/conv1_forward.cu", "tests/host/conv1_driver.cpp"]
 
 
@@ -71,3 +72,31 @@ def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     sanitize = request.param == "sanitized"
     target = tmp_path_factory.mktemp("host") / "plants"
     return build(target, ["tests/host/plants.cu"], ["-O0", *(SANITIZERS if sanitize else [])]), sanitize
+
+
+@pytest.fixture(scope="session")
+def conv1_backward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "conv1_backward.so"
+    return build(target, CONV1_BACKWARD, ["-O2", "-fPIC", "-shared"])
+
+
+@pytest.fixture(scope="session")
+def conv1_backward_sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "conv1_backward"
+    return build(target, CONV1_BACKWARD, ["-O1", *SANITIZERS])
+
+
+@pytest.fixture
+def plant(tmp_path: Path) -> Callable[[str, str, str], Path]:
+    """Builds the first convolution's backward with one place of a source changed."""
+
+    def planted(file: str, right: str, wrong: str) -> Path:
+        sources = tmp_path / "csrc"
+        shutil.copytree(ROOT / "csrc", sources)
+        text = (sources / file).read_text()
+        assert text.count(right) == 1
+        (sources / file).write_text(text.replace(right, wrong))
+        changed = [str(tmp_path / source) if source.startswith("csrc") else source for source in CONV1_BACKWARD]
+        return build(tmp_path / "planted.so", changed, ["-O1", "-fPIC", "-shared"])
+
+    return planted
