@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> stem_cuda(const Tensor& x, const Tensor& weig
     STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
     STD_TORCH_CHECK(size == 5, "size must be 5, of the normalisation that the CUDA kernel has, got ", size);
     STD_TORCH_CHECK((window == std::vector<int64_t>{3, 3, 2, 2, 0, 0, 1, 1}),
-                    "window must be that of a pool of 3 x 3 with stride 2, no padding and dilation 1: [3, 3, 2, 2, 0, 0, 1, 1]");
+                    "window must be that of a pool of 3 x 3 with stride 2, no padding and dilation 1: "
+                    "[3, 3, 2, 2, 0, 0, 1, 1]");
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Prepared prepared = prepare(x, weight, bias, mean, scale, padding, relu);
     Conv1Forward& p = prepared.problem;
@@ -105,8 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> stem_cuda(const Tensor& x, const Tensor& weig
     check(prepared, "stem");
     const Tensor a = keep ? empty_channels_last(weight, x.size(0), p.channels, p.out_height, p.out_width, type)
                           : torch::stable::new_empty(weight, {0});
-    const Tensor place = keep ? empty_channels_last(y, x.size(0), p.channels, p.pooled_height, p.pooled_width, ScalarType::Byte)
-                              : torch::stable::new_empty(weight, {0}, ScalarType::Byte);
+    const ScalarType byte = ScalarType::Byte;
+    const Tensor place = keep ? empty_channels_last(y, x.size(0), p.channels, p.pooled_height, p.pooled_width, byte)
+                              : torch::stable::new_empty(weight, {0}, byte);
     if (x.size(0) > 0) {
         p.a = keep ? a.data_ptr() : nullptr;
         p.place = keep ? static_cast<uint8_t*>(place.data_ptr()) : nullptr;

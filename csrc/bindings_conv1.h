@@ -34,7 +34,8 @@ inline Conv1Images conv1_images(const Tensor& x, const std::optional<Tensor>& me
                                 const std::vector<int64_t>& padding) {
     STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == 3, "x must be [N, 3, H, W], got ", shape(x));
-    STD_TORCH_CHECK(planes_outermost(x) || channels_last(x), "x must be dense, contiguous or channels_last: call x.contiguous()");
+    STD_TORCH_CHECK(planes_outermost(x) || channels_last(x),
+                    "x must be dense, contiguous or channels_last: call x.contiguous()");
     STD_TORCH_CHECK(mean.has_value() == scale.has_value(), "mean and scale belong together: give both or neither");
     Conv1Images in{};
     in.source = conv1_source(x);

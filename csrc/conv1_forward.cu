@@ -69,7 +69,8 @@ template <class T>
 DEVICE void store_rows(const uint8_t* rows, const Conv1Forward& p, const Walk& walk, int row, int begin, int end) {
     uint8_t* a = static_cast<uint8_t*>(p.a) + walk.image * p.out_height * p.out_width * T::kChannels * T::kBytes;
     for (int i = begin * T::kVectors + threadIdx.x; i < end * T::kVectors; i += T::kThreads) {
-        const int m = i / T::kVectors, vector = i % T::kVectors, down = m >= walk.columns, column = m - down * walk.columns;
+        const int m = i / T::kVectors, vector = i % T::kVectors;
+        const int down = m >= walk.columns, column = m - down * walk.columns;
         if (!T::kStem || column > 0 || walk.first_column == 0) {
             const int at = ((row + down) * p.out_width + walk.first_column + column) * T::kVectors + vector;
             reinterpret_cast<uint4*>(a)[at] = *reinterpret_cast<const uint4*>(rows + m * T::kPixel + vector * 16);
@@ -222,8 +223,8 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
         const int length = (walk.columns - 1) * kStride + kTapColumns;
         bool special = load_strip<T>(strip, p.in, walk.image, top, left, length);
 
-        const int warp_first = begin + (warp + step + 1) % T::kWarpsDown * kWarpPixels;  // not always the same is half empty
-        const int first = T::Order::kWarpgroup ? begin : warp_first;
+        // The half empty share goes round, so that no scheduler is always the idle one.
+        const int share = T::Order::kWarpgroup ? 0 : (warp + step + 1) % T::kWarpsDown, first = begin + share * kWarpPixels;
         float sums[2][T::kTiles][4] = {};
         if (T::kParts > 1) {
             fetch_weights<T>(weights, p.packed, 0);
@@ -308,7 +309,8 @@ const char* conv1_forward_refusal(const Conv1Forward& p, ElementType type) {
     if (p.out_height < 1 || p.out_width < 1) {
         return "the padded image is smaller than the kernel of 11 x 11";
     }
-    if (int64_t{kPlanes} * p.in.height * p.in.width >= kMost || int64_t{p.out_height} * p.out_width * p.channels * 4 >= kMost) {
+    if (int64_t{kPlanes} * p.in.height * p.in.width >= kMost ||
+        int64_t{p.out_height} * p.out_width * p.channels * 4 >= kMost) {
         return "an image of 2^31 numbers or a result of 2^31 bytes";
     }
     if (p.y != nullptr && (p.pooled_height < 1 || p.pooled_width < 1)) {

@@ -83,7 +83,8 @@ template <class T, int kCount> DEVICE void pool_words(uint32_t (&best)[kCount], 
 }
 
 // Maxima of eight channels and their places one tap after another: the first of equal ones, NaN wins, the last of several.
-template <class T> DEVICE void pool_scan(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
+template <class T>
+DEVICE void pool_scan(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
     place[0] = place[1] = 0;
 #pragma unroll 1
     for (int tap = 0; tap < kWindow * kWindow; ++tap) {
@@ -104,7 +105,8 @@ template <class T> DEVICE void pool_scan(float (&best)[kVector], uint32_t (&plac
 
 // The same by the maxima first, two channels at once, and then, from the last tap to the first, who equals them: half the
 // instructions. Nothing equals NaN; then the scan decides.
-template <class T> DEVICE void pool_places(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
+template <class T>
+DEVICE void pool_places(float (&best)[kVector], uint32_t (&place)[2], const PoolWindow& window, int at) {
     constexpr int kNobody = 0x80;
     uint32_t words[T::kWords];
     pool_words<T>(words, window, at);
@@ -133,7 +135,8 @@ template <class T> DEVICE void pool_places(float (&best)[kVector], uint32_t (&pl
 }
 
 // Maxima of eight channels become the normalised ones: of the two neighbours on each side only maxima are wanted.
-template <class T> DEVICE void normalise_pooled(float (&best)[kVector], const PoolWindow& window, int vector, const Conv1Forward& p) {
+template <class T>
+DEVICE void normalise_pooled(float (&best)[kVector], const PoolWindow& window, int vector, const Conv1Forward& p) {
     constexpr int kSideWords = kSides / T::E::kPerWord;
     const int group = T::kChannels / kVector / p.groups, at = vector * kVector * T::kBytes;
     float v[kVector + 2 * kSides] = {}, y[kVector];

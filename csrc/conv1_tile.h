@@ -34,7 +34,8 @@ struct TapWord {
 // Lines of numbers in the strip, rows of words in K, kPerWord numbers a word.
 template <int kPerWord> struct TapRows {
     static constexpr bool kWarpgroup = false;
-    static constexpr int kDepth = 400, kSteps = kDepth / (8 * kPerWord), kWords = kTapColumns / kPerWord;  // of a tap row
+    static constexpr int kDepth = 400, kSteps = kDepth / (8 * kPerWord);
+    static constexpr int kWords = kTapColumns / kPerWord;  // of a tap row
     static constexpr int kStripBytes = kLines * kLineLength / kPerWord * 4;
     DEVICE static constexpr int word(int line, int word) { return (line * (kLineLength / kPerWord) + word) * 4; }
     DEVICE static constexpr int slot(int step, bool high) { return 8 * step + 4 * high; }  // of q = 0
@@ -48,7 +49,8 @@ template <int kPerWord> struct TapRows {
         const int of_tap = slot(step, i % 2) + lane % 4;
         return {tile * 8 + lane / 4, of_tap / kWords, of_tap % kWords * kPerWord};
     }
-    static_assert(kTapRows * kTapColumns <= kDepth && kKernel * kKernel * kPlanes * 100 >= kDepth * 84, "K waste within 16%");
+    static_assert(kTapRows * kTapColumns <= kDepth, "all taps");
+    static_assert(kKernel * kKernel * kPlanes * 100 >= kDepth * 84, "K waste within 16%");
 };
 
 // How tensor cores take a type: for the words of a step, `high` being the second half of its columns, where they lie behind
@@ -77,8 +79,9 @@ template <> struct Taps<ElementType::kFloat32> : TapRows<1> {  // tf32: a word i
     }
 };
 
-template <class T> constexpr bool kWholeTurns = T::kSteps == 3 * T::kTurns + T::kTail && T::kTurnRows * T::kWords == 24 &&
-                                                T::kTurns * T::kTurnRows == kTapRows - 1;
+template <class T>
+constexpr bool kWholeTurns = T::kSteps == 3 * T::kTurns + T::kTail && T::kTurnRows * T::kWords == 24 &&
+                             T::kTurns * T::kTurnRows == kTapRows - 1;
 static_assert(kWholeTurns<Taps<ElementType::kBFloat16>> && kWholeTurns<Taps<ElementType::kFloat32>>, "a loop of turns");
 
 // ---------------------------------------------------------------------------------------------------- traits
@@ -90,16 +93,18 @@ struct Conv1Traits {
     using Order = TapOrder;
     static constexpr ElementType kType = kElement;
     static constexpr bool kStem = kWithPool;
-    static constexpr int kChannels = kAllChannels, kParts = kWeightParts;  // channels / kParts have their weights there at once
+    static constexpr int kChannels = kAllChannels, kParts = kWeightParts;  // channels / kParts have weights there at once
     static constexpr int kBytes = E::kBytes, kWords = kVector / E::kPerWord;
     static constexpr int kVectors = kChannels * kBytes / 16;  // of 16 bytes, of a pixel
 
     // tf32 leaves room for one block on a multiprocessor, so that one has eight warps.
-    static constexpr int kWarpsDown = 4, kWarpsAcross = kElement == ElementType::kFloat32 && kParts == 1 && kChannels > 48 ? 2 : 1;
+    static constexpr bool kTf32 = kElement == ElementType::kFloat32;
+    static constexpr int kWarpsDown = 4, kWarpsAcross = kTf32 && kParts == 1 && kChannels > 48 ? 2 : 1;
     static constexpr int kThreads = kWarpsDown * kWarpsAcross * kWarpSize;
     static constexpr int kTiles = kChannels / 8 / kWarpsAcross, kPartTiles = kTiles / kParts;  // of 8 channels, of a warp
     static_assert(kWarpsDown * kWarpPixels >= kTileRows * kTileColumns, "each pixel has its warp");
-    static_assert(kPartTiles % 2 == 0 && kPartTiles * kParts * kWarpsAcross * 8 == kChannels, "B comes for two tiles at once");
+    static_assert(kPartTiles % 2 == 0, "B comes for two tiles at once");
+    static_assert(kPartTiles * kParts * kWarpsAcross * 8 == kChannels, "each channel has its warp");
     static_assert(kParts == 1 || kWarpsAcross == 1, "a part is the same channels for all warps");
 
     // With pooling a tile is 27 windows wide: 55 pixels, the first of which the tile before has too.
@@ -107,7 +112,7 @@ struct Conv1Traits {
 
     // Shared memory: weights, bias, and then the strip and the rows of `a` by turns, beside the one row that stays.
     static constexpr int kLine = kLineLength * kBytes, kLineWords = kLine / 4;
-    static constexpr int kPixel = kChannels * kBytes + 16;    // odd in units of 16: eight neighbours lie in eight bank groups
+    static constexpr int kPixel = kChannels * kBytes + 16;  // odd in units of 16: eight neighbours, eight groups of banks
     static constexpr int kFragment = kWarpSize * 16;          // B of two tiles in one step
     static constexpr int kWeightBytes = Order::kDepth * kChannels / kParts * kBytes;
     static constexpr int kBiasAt = kWeightBytes, kStripAt = kBiasAt + kChannels * 4;
@@ -119,8 +124,8 @@ struct Conv1Traits {
     static constexpr int kBlocks = kFitting < 1 ? 1 : kFitting > 3 ? 3 : kFitting;
 
     static_assert(Order::kDepth == Order::kSteps * 8 * E::kPerWord, "whole steps");
-    static_assert(!Order::kWarpgroup || (E::kPerWord == 2 && kThreads == 128 && kParts == 1), "four warps, 16-bit numbers");
-    static_assert(kElement == ElementType::kFloat32 || kLineWords % 32 == 20, "taps 8 ... 11 and 0 ... 3 in different banks");
+    static_assert(!Order::kWarpgroup || (!kTf32 && kThreads == 128 && kParts == 1), "four warps, 16-bit numbers");
+    static_assert(kTf32 || kLineWords % 32 == 20, "taps 8 ... 11 and 0 ... 3 in different banks");
     static_assert(kPixel / 16 % 2 == 1 && kCarryAt % 16 == 0 && kStripAt % 16 == 0, "vectors are aligned");
     static_assert(kParts > 1 || kSharedBytes <= 227 << 10, "a block fits on sm_90");
 
@@ -216,7 +221,8 @@ DEVICE int source_bytes(Conv1Source source) {
     return source == Conv1Source::kFloat32 ? 4 : source == Conv1Source::kUint8 ? 1 : 2;
 }
 
-template <class T> DEVICE bool load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
+template <class T>
+DEVICE bool load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
     constexpr Conv1Source kFloat32 = Conv1Source::kFloat32, kFloat16 = Conv1Source::kFloat16;
     constexpr Conv1Source kBFloat16 = Conv1Source::kBFloat16, kUint8 = Conv1Source::kUint8;
     const void* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * source_bytes(in.source);

@@ -26,7 +26,8 @@ DEVICE Walk find_walk(const Tiling& tiling, const Conv1Forward& p, bool stem) {
     const int block = blockIdx.x, tile = block / tiling.walks % tiling.tiles;
     walk.image = block / tiling.walks / tiling.tiles;
     walk.first_step = block % tiling.walks * tiling.walk_steps;
-    walk.last_step = walk.first_step + tiling.walk_steps < tiling.steps ? walk.first_step + tiling.walk_steps : tiling.steps;
+    const int last_step = walk.first_step + tiling.walk_steps;
+    walk.last_step = last_step < tiling.steps ? last_step : tiling.steps;
     walk.first_unit = tile * tiling.tile_units;
     walk.first_column = walk.first_unit * (stem ? 2 : 1);
     const int all = stem ? p.out_width / 2 : p.out_width;

@@ -45,7 +45,9 @@ struct WarpgroupTaps {
     }
 
     // Weights: [step][half][channel][word], so eight channels are a core matrix.
-    DEVICE static constexpr int weights(int step, int half, int channels) { return (step * 2 + half) * channels * kPiece; }
+    DEVICE static constexpr int weights(int step, int half, int channels) {
+        return (step * 2 + half) * channels * kPiece;
+    }
     DEVICE static TapWord tap_word(int i, int channels) {
         const int q = i % 4, half = i / 4 / channels % 2, step = i / 8 / channels;
         const int line = counts(step, half) ? 2 * pair(step, half) + q / 2 : kTapRows;

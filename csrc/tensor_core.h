@@ -26,7 +26,9 @@ DEVICE void copy_async_16(void* to, const void* from, bool wanted = true) {
 // Closes a group: this thread's copies since the last one.
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until no more than kPending of this thread's groups, the youngest, are on their way.
-template <int kPending> DEVICE void copy_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+template <int kPending> DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Four 8 x 8 matrices of 16-bit numbers. Lane 8 * i + r brings the address of row r of matrix i, 16 bytes; r[i] is then that
 // matrix's row g, columns 2q and 2q + 1; transposed: rows 2q and 2q + 1 of column g.

@@ -35,7 +35,8 @@ inline bool has_warpgroups() {
 }
 
 DEVICE uint64_t matrix_descriptor(const void* start, int leading, int stride) {
-    return static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16 | shared_address(start) >> 4;
+    const uint64_t offsets = static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(leading >> 4) << 16;
+    return offsets | shared_address(start) >> 4;
 }
 
 // What this thread wrote to shared memory is there for products that begin behind the next barrier.

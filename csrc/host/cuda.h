@@ -112,7 +112,8 @@ inline uint32_t add_zero_times_bf16x2(uint32_t sum, uint32_t word) {
     return pack_bf16x2(low_bf16(sum) + 0 * low_bf16(word), high_bf16(sum) + 0 * high_bf16(word));
 }
 inline uint32_t add_zero_times_half2(uint32_t sum, uint32_t word) {
-    return pack_half2(half_to_float(sum) + 0 * half_to_float(word), half_to_float(sum >> 16) + 0 * half_to_float(word >> 16));
+    return pack_half2(half_to_float(sum) + 0 * half_to_float(word),
+                      half_to_float(sum >> 16) + 0 * half_to_float(word >> 16));
 }
 inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
     return pack_bf16x2(max_nan(low_bf16(a), low_bf16(b)), max_nan(high_bf16(a), high_bf16(b)));

@@ -18,7 +18,7 @@ inline void read_half(uint32_t (&words)[4], uint64_t descriptor, int row, int ha
     const auto field = [descriptor](int bit) { return static_cast<size_t>(descriptor >> bit & 0x3fff) << 4; };
     const size_t at = field(0) + half * field(16) + row / 8 * field(32) + row % 8 * 16;
     Block& b = *the_block;
-    const auto holds = [at](const SharedArray& array) { return at >= array.offset && at + 16 <= array.offset + array.bytes; };
+    const auto holds = [at](const SharedArray& one) { return at >= one.offset && at + 16 <= one.offset + one.bytes; };
     if (std::none_of(b.arrays.begin(), b.arrays.end(), holds)) {
         fail("wgmma reads outside the shared arrays");
     }

@@ -50,7 +50,10 @@ std::vector<uint8_t> numbers(size_t count, int bytes, bool half, std::mt19937& r
     std::vector<uint8_t> result(count * bytes);
     for (size_t i = 0; i < count; ++i) {
         const float value = static_cast<float>(random() % 2001) / 1000 - 1;
-        const uint32_t bits = bytes == 4 ? as_bits(value) : bytes == 1 ? random() : half ? float_to_half(value) : float_to_bf16(value);
+        const uint32_t bits = bytes == 4   ? as_bits(value)
+                              : bytes == 1 ? random()
+                              : half       ? float_to_half(value)
+                                           : float_to_bf16(value);
         std::memcpy(&result[i * bytes], &bits, bytes);
     }
     return result;
@@ -122,7 +125,8 @@ int check(const Case& c) {
 }  // namespace
 
 int main() {
-    constexpr ElementType kFloat32 = ElementType::kFloat32, kFloat16 = ElementType::kFloat16, kBFloat16 = ElementType::kBFloat16;
+    constexpr ElementType kFloat32 = ElementType::kFloat32, kFloat16 = ElementType::kFloat16;
+    constexpr ElementType kBFloat16 = ElementType::kBFloat16;
     const Case cases[] = {
         {kBFloat16, Conv1Source::kFloat32, 48, 24, 91, 227 << 10, true, false, true, false},  // two warps of four have pixels
         {kFloat16, Conv1Source::kUint8, 48, 21, 30, 227 << 10, true, true, false, false},

@@ -17,7 +17,8 @@ constexpr int kRow = 80;  // bytes of a row in shared memory: 64 of numbers, 16 
 
 // d [warp, 16, 8] = a [warp, 16, K] b, with b [K, 8] where transposed and [8, K] otherwise; K = 32 16-bit or 16 tf32 numbers.
 // Warp w reads what the other warp has copied. The copies come in two groups; the second is half of K.
-template <Type kType, bool kTransposed, Plant kPlant> __global__ void multiply(const uint8_t* a, const uint8_t* b, float* d) {
+template <Type kType, bool kTransposed, Plant kPlant>
+__global__ void multiply(const uint8_t* a, const uint8_t* b, float* d) {
     DYNAMIC_SHARED(uint8_t, left, 0, 2 * kM * kRow);
     DYNAMIC_SHARED(uint8_t, right, 2 * kM * kRow, 32 * kRow);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, other = 1 - warp;

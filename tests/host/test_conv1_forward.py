@@ -246,14 +246,14 @@ def by(case: Case, warpgroups: bool) -> Case:
 
 
 @pytest.mark.parametrize("warpgroups", [False, True])
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(case=cases, seed=st.integers(0, 99))
 def test_convolution_against_fp64(host: ctypes.CDLL, warpgroups: bool, case: Case, seed: int) -> None:
     check(host, by(case, warpgroups), seed)
 
 
 @pytest.mark.parametrize("warpgroups", [False, True])
-@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(
     case=cases,
     height=st.integers(19, 40),
@@ -325,7 +325,7 @@ def test_nan_and_infinity_stay_in_their_windows(
     host: ctypes.CDLL, dtype: torch.dtype, warpgroups: bool, special: float
 ) -> None:
     """What windows are padded to, a twelfth column, a 34th line, has weight zero, and zero times infinity is NaN."""
-    for column in range(7, 16) if special == INF else (7, 11, 15):  # of both neighbours, of one, and beside a window
+    for column in (7, 11, 12, 15):  # 11 and 15: beside one window, inside the next
         case = Case(15, 27, channels=48, dtype=dtype, relu=False, warpgroups=warpgroups)
         inputs = draw(case)
         inputs.x[0, 1, 3, column] = special
