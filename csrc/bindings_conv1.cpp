@@ -2,7 +2,9 @@
 // always channels_last. LibTorch's stable ABI only.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -11,6 +13,15 @@
 namespace {
 
 using namespace bindings;
+
+// ALEXNET_KERNELS_CONV1, read at each call: "mma", which is what an empty one means, or "wgmma".
+bool warpgroups() {
+    const char* set = std::getenv("ALEXNET_KERNELS_CONV1");
+    const std::string way = set == nullptr || *set == 0 ? "mma" : set;
+    STD_TORCH_CHECK(way == "mma" || way == "wgmma", "ALEXNET_KERNELS_CONV1=", way,
+                    " is no way to multiply; use 'mma' or 'wgmma'");
+    return way == "wgmma";
+}
 
 // A problem with everything but its results, and what its pointers need to stay alive.
 struct Prepared {
@@ -33,8 +44,9 @@ Prepared prepare(const Tensor& x, const Tensor& weight, const std::optional<Tens
     p.out_width = conv1_out_size(x.size(3), padding[2], padding[3]);
     p.channels = static_cast<int>(weight.size(0));
     p.relu = relu;
+    p.warpgroups = warpgroups();
     const Tensor dense = torch::stable::contiguous(weight);
-    const Tensor packed = torch::stable::new_empty(weight, {conv1_packed_bytes(p.channels, type)}, ScalarType::Byte);
+    const Tensor packed = torch::stable::new_empty(weight, {conv1_packed_bytes(p, type)}, ScalarType::Byte);
     p.weight = dense.data_ptr(), p.packed = packed.data_ptr();
     p.bias = bias ? bias->data_ptr() : nullptr;
     return {p, type, dense, packed};

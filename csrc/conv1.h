@@ -32,20 +32,21 @@ struct Conv1Forward {
     int channels, groups;        // groups: of the normalisation over 5 channels
     float lrn_scale, beta, k;
     bool relu, pool_first;
+    bool warpgroups;             // fp16 and bf16 by wgmma; fp32 goes the one way there is
 };
 
 // How the launch lies over the problem, for tests and tables.
 struct Conv1Launch {
     int64_t blocks;
     int threads, shared_bytes;
-    int depth, used_depth;       // of the product, and how much of it are taps: 400 and 363
+    int depth, used_depth;       // of the product, and how much of it are taps: 400 or 416, and 363
     int64_t products;            // of 16 pixels and all channels that are issued
 };
 
 // Null if the kernel can do this on the current device, else one line that says why not.
 const char* conv1_forward_refusal(const Conv1Forward& problem, ElementType type);
 
-int64_t conv1_packed_bytes(int channels, ElementType type);
+int64_t conv1_packed_bytes(const Conv1Forward& problem, ElementType type);
 Conv1Launch conv1_forward_launch(const Conv1Forward& problem, ElementType type);
 
 // Enqueues on `stream` (a cudaStream_t). images > 0. `type` is that of weight, bias, a and y; kFloat32 is multiplied as tf32.

@@ -5,8 +5,8 @@
 //
 // A block owns up to 56 columns of one image and walks down them two rows of `a` at a time, its weights resident in shared
 // memory. In a step it loads the strip of the image under the two rows, each pixel converted once on its way; multiplies
-// (conv1_tile.h); and, when all warps are done with the strip, puts the rows of `a`, rounded, in its place: from there they
-// go to memory as whole vectors, or are normalised, each number once, and pooled.
+// (conv1_tile.h, or conv1_warpgroup.h where that is asked for); and, when all warps are done with the strip, puts the rows of
+// `a`, rounded, in its place: from there they go to memory as whole vectors, or are normalised, each number once, and pooled.
 //
 // With pooling, a step is one row of windows: the row of `a` above its two stays from the step before. So only the first step
 // of a walk computes a row twice, and a tile's first column is the last of the tile before. Who computes a number that another
@@ -14,44 +14,11 @@
 // `a` reaches memory.
 #include "conv1.h"
 
-#include <algorithm>
-
 #include "conv1_stem.h"
-#include "conv1_tile.h"
+#include "conv1_walk.h"
+#include "conv1_warpgroup.h"
 
 namespace {
-
-constexpr int64_t kEnoughBlocks = 256;        // two on each of an H200's 132 multiprocessors, nearly
-constexpr int kFewestSteps = 4;               // of a walk: loading the weights costs about half a step
-
-// How blocks lie over the problem.
-struct Tiling {
-    int steps;               // down a whole image
-    int walks, walk_steps;   // of a column of tiles; steps of a walk
-    int tiles, tile_units;   // across; a unit is a column of windows with pooling, else a column of `a`
-};
-
-// What one block does. Rows and columns of `a`.
-struct Walk {
-    int64_t image;
-    int first_step, last_step, first_unit, units, first_column, columns;
-};
-
-DEVICE Walk find_walk(const Tiling& tiling, const Conv1Forward& p, bool stem) {
-    Walk walk;
-    const int block = blockIdx.x, tile = block / tiling.walks % tiling.tiles;
-    walk.image = block / tiling.walks / tiling.tiles;
-    walk.first_step = block % tiling.walks * tiling.walk_steps;
-    const int last_step = walk.first_step + tiling.walk_steps;
-    walk.last_step = last_step < tiling.steps ? last_step : tiling.steps;
-    walk.first_unit = tile * tiling.tile_units;
-    walk.first_column = walk.first_unit * (stem ? 2 : 1);
-    const int all = stem ? p.out_width / 2 : p.out_width;
-    walk.units = walk.first_unit + tiling.tile_units < all ? tiling.tile_units : all - walk.first_unit;
-    const int wanted = stem ? 2 * walk.units + 1 : walk.units;
-    walk.columns = wanted < p.out_width - walk.first_column ? wanted : p.out_width - walk.first_column;
-    return walk;
-}
 
 // ---------------------------------------------------------------------------------------------------- sums to `a`
 
@@ -61,10 +28,22 @@ template <class T> DEVICE int corner(int m, int columns) {
     return row * kStride * kPlanes * T::kLine + column * kStride * T::kBytes;
 }
 
-// bias, ReLU, rounding: this warp's sums into the rows of `a`, pixels begin + first ... up to end.
+// The pixel of the tile whose sums are this lane's i-th row of A; `end` if it is none's. `first`: of this warp's, or, for a
+// warpgroup, whose rows are those of the tile, of all.
+template <class T> DEVICE int pixel_of(int i, int first, int columns, int end) {
+    const int g = threadIdx.x % kWarpSize / 4;
+    if (!T::Order::kWarpgroup) {
+        return first + g + 8 * i;
+    }
+    const int column = threadIdx.x / kWarpSize * 16 + g + i % 2 * 8, m = i / 2 * columns + column;
+    return column < columns && m >= first ? m : end;
+}
+
+// bias, ReLU, rounding: this warp's sums into the rows of `a`, up to pixel end.
 template <class T>
-DEVICE void write_rows(uint8_t* rows, const float (&sums)[2][T::kTiles][4], const float* bias, bool relu, int first, int end) {
-    const int g = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
+DEVICE void write_rows(uint8_t* rows, const float (&sums)[2][T::kTiles][4], const float* bias, bool relu, int first,
+                       int columns, int end) {
+    const int q = threadIdx.x % 4;
     const int channels = threadIdx.x / kWarpSize / T::kWarpsDown * T::kTiles * 8 + 2 * q;
 #pragma unroll
     for (int t = 0; t < T::kTiles; ++t) {
@@ -72,7 +51,7 @@ DEVICE void write_rows(uint8_t* rows, const float (&sums)[2][T::kTiles][4], cons
         const float low_bias = bias[channel], high_bias = bias[channel + 1];
 #pragma unroll
         for (int i = 0; i < kPixelRows; ++i) {
-            const int m = first + g + 8 * i;
+            const int m = pixel_of<T>(i, first, columns, end);
             float low = sums[i / 2][t][i % 2 * 2] + low_bias, high = sums[i / 2][t][i % 2 * 2 + 1] + high_bias;
             low = relu ? max_nan(low, 0) : low, high = relu ? max_nan(high, 0) : high;
             uint8_t* to = rows + m * T::kPixel + channel * T::kBytes;
@@ -161,6 +140,37 @@ DEVICE void multiply_part(float (&sums)[2][T::kTiles][4], const uint8_t* strip, 
     }
 }
 
+// Waits for the strip and the weights; whether a number of the strip is not finite, as far as a warpgroup has to know.
+template <class T> DEVICE bool wait_for_strip(bool special) {
+    copy_async_wait<0>();
+    if (!T::Order::kWarpgroup) {
+        __syncthreads();
+        return false;
+    }
+    proxy_fence();
+    return barrier_vote(special);
+}
+
+// The sums of this warp's 32 pixels, `first` and those behind it, and all channels.
+template <class T>
+DEVICE void multiply_warp(float (&sums)[2][T::kTiles][4], const uint8_t* strip, uint8_t* weights, const void* packed,
+                          int first, int columns, int end) {
+    int corners[kPixelRows];
+#pragma unroll
+    for (int i = 0; i < kPixelRows; ++i) {
+        const int m = pixel_of<T>(i, first, columns, end);
+        corners[i] = corner<T>(m < end ? m : end - 1, columns);
+    }
+    multiply_part<T, 0>(sums, strip, corners, weights, end - first);
+    if (T::kParts > 1) {
+        __syncthreads();
+        fetch_weights<T>(weights, packed, 1);
+        copy_async_wait<0>();
+        __syncthreads();
+        multiply_part<T, T::kParts - 1>(sums, strip, corners, weights, end - first);
+    }
+}
+
 // What becomes of the two rows of `a` (pixels begin ... end) that begin at row `row`.
 template <class T>
 DEVICE void finish_rows(uint8_t* carry, uint8_t* rows, const Conv1Forward& p, const Walk& walk, int step, int begin, int end) {
@@ -211,35 +221,28 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
         const int end = row + 1 < p.out_height ? 2 * walk.columns : walk.columns;
         const int top = row * kStride - p.in.pad_top, left = walk.first_column * kStride - p.in.pad_left;
         const int length = (walk.columns - 1) * kStride + kTapColumns;
-        load_strip<T>(strip, p.in, walk.image, top, left, length);
+        bool special = load_strip<T>(strip, p.in, walk.image, top, left, length);
 
         // The half empty share goes round, so that no scheduler is always the idle one.
-        const int first = begin + (warp + step + 1) % T::kWarpsDown * kWarpPixels;
-        int corners[kPixelRows];
-#pragma unroll
-        for (int i = 0; i < kPixelRows; ++i) {
-            const int m = first + threadIdx.x % kWarpSize / 4 + 8 * i;
-            corners[i] = corner<T>(m < end ? m : end - 1, walk.columns);
-        }
+        const int share = T::Order::kWarpgroup ? 0 : (warp + step + 1) % T::kWarpsDown, first = begin + share * kWarpPixels;
         float sums[2][T::kTiles][4] = {};
         if (T::kParts > 1) {
             fetch_weights<T>(weights, p.packed, 0);
         }
-        copy_async_wait<0>();
-        __syncthreads();
+        if (T::Order::kWarpgroup) {
+            clear_last_line(strip, threadIdx.x);
+        }
+        special = wait_for_strip<T>(special);
         if (step + 1 < walk.last_step) {
             prefetch_strip<T>(p.in, walk.image, top, left, length);
         }
-        multiply_part<T, 0>(sums, strip, corners, weights, end - first);
-        if (T::kParts > 1) {
-            __syncthreads();
-            fetch_weights<T>(weights, p.packed, 1);
-            copy_async_wait<0>();
-            __syncthreads();
-            multiply_part<T, T::kParts - 1>(sums, strip, corners, weights, end - first);
+        if constexpr (T::Order::kWarpgroup) {
+            multiply_warpgroup<T>(sums, strip, weights, special, T::kStem ? begin > 0 : end == walk.columns);
+        } else {
+            multiply_warp<T>(sums, strip, weights, p.packed, first, walk.columns, end);
         }
         __syncthreads();
-        write_rows<T>(strip, sums, bias, p.relu, first, end);
+        write_rows<T>(strip, sums, bias, p.relu, first, walk.columns, end);
         __syncthreads();
         finish_rows<T>(carry, strip, p, walk, step, begin, end);
         __syncthreads();
@@ -248,22 +251,13 @@ template <class T> __global__ void __launch_bounds__(T::kThreads, T::kBlocks) fo
 
 // ---------------------------------------------------------------------------------------------------- launchers
 
-template <class T> Tiling lay_out(const Conv1Forward& p) {
-    Tiling tiling;
-    const int units = T::kStem ? p.out_width / 2 : p.out_width, most = T::kStem ? T::kColumns / 2 : T::kColumns;
-    tiling.steps = T::kStem ? p.out_height / 2 : (p.out_height + 1) / 2;
-    tiling.tiles = (units + most - 1) / most;
-    tiling.tile_units = (units + tiling.tiles - 1) / tiling.tiles;
-    const int64_t columns = p.in.images * tiling.tiles, wanted = (kEnoughBlocks + columns - 1) / columns;
-    const int possible = tiling.steps < kFewestSteps ? 1 : tiling.steps / kFewestSteps;
-    tiling.walks = static_cast<int>(wanted < possible ? wanted : possible);
-    tiling.walk_steps = (tiling.steps + tiling.walks - 1) / tiling.walks;
-    tiling.walks = (tiling.steps + tiling.walk_steps - 1) / tiling.walk_steps;
-    return tiling;
-}
-
 // Calls `f` with the traits of the problem: all weights at once, or half of them where a block has less shared memory.
-template <ElementType kType, int kChannels, bool kStem, class F> auto with_parts(F f) {
+template <ElementType kType, int kChannels, bool kStem, class F> auto with_parts(const Conv1Forward& p, F f) {
+    if constexpr (kType != ElementType::kFloat32) {
+        if (p.warpgroups) {
+            return f(Conv1Traits<kType, kChannels, kStem, 1, WarpgroupTaps>());
+        }
+    }
     using Whole = Conv1Traits<kType, kChannels, kStem, 1>;
     if constexpr (kChannels == 96) {
         if (shared_memory_limit() < Whole::kSharedBytes) {
@@ -273,14 +267,14 @@ template <ElementType kType, int kChannels, bool kStem, class F> auto with_parts
     return f(Whole());
 }
 
-template <ElementType kType, bool kStem, class F> auto with_channels(int channels, F f) {
-    return channels == 48   ? with_parts<kType, 48, kStem>(f)
-           : channels == 64 ? with_parts<kType, 64, kStem>(f)
-                            : with_parts<kType, 96, kStem>(f);
+template <ElementType kType, bool kStem, class F> auto with_channels(const Conv1Forward& p, F f) {
+    return p.channels == 48   ? with_parts<kType, 48, kStem>(p, f)
+           : p.channels == 64 ? with_parts<kType, 64, kStem>(p, f)
+                              : with_parts<kType, 96, kStem>(p, f);
 }
 
 template <ElementType kType, class F> auto with_pool(const Conv1Forward& p, F f) {
-    return p.y != nullptr ? with_channels<kType, true>(p.channels, f) : with_channels<kType, false>(p.channels, f);
+    return p.y != nullptr ? with_channels<kType, true>(p, f) : with_channels<kType, false>(p, f);
 }
 
 template <class F> auto with_traits(const Conv1Forward& p, ElementType type, F f) {
@@ -289,34 +283,22 @@ template <class F> auto with_traits(const Conv1Forward& p, ElementType type, F f
                                            : with_pool<ElementType::kBFloat16>(p, f);
 }
 
-// Products of 16 pixels, each with all channels, that the walks of one image issue.
-template <class T> int64_t products(const Conv1Forward& p, const Tiling& tiling) {
-    int64_t count = 0;
-    for (int tile = 0; tile < tiling.tiles; ++tile) {
-        const int column = tile * tiling.tile_units * (T::kStem ? 2 : 1);
-        const int columns = std::min(tiling.tile_units * (T::kStem ? 2 : 1) + T::kStem, p.out_width - column);
-        for (int step = 0; step < tiling.steps; ++step) {
-            const bool both = 2 * step + T::kStem + 1 < p.out_height;
-            count += ((both ? 2 : 1) * columns + 15) / 16;
-        }
-        count += T::kStem ? tiling.walks * ((columns + 15) / 16) : 0;  // the row that a walk begins with
-    }
-    return count;
-}
-
 }  // namespace
 
 Conv1Launch conv1_forward_launch(const Conv1Forward& p, ElementType type) {
     return with_traits(p, type, [&p](auto traits) {
         using T = decltype(traits);
         const Tiling tiling = lay_out<T>(p);
-        return Conv1Launch{p.in.images * tiling.tiles * tiling.walks, T::kThreads,    T::kSharedBytes, kDepth,
-                           kKernel * kKernel * kPlanes,               products<T>(p, tiling) * p.in.images};
+        return Conv1Launch{p.in.images * tiling.tiles * tiling.walks, T::kThreads, T::kSharedBytes,
+                           T::Order::kDepth, kKernel * kKernel * kPlanes, products<T>(p, tiling) * p.in.images};
     });
 }
 
-int64_t conv1_packed_bytes(int channels, ElementType type) {
-    return int64_t{kDepth} * channels * (type == ElementType::kFloat32 ? 4 : 2);
+int64_t conv1_packed_bytes(const Conv1Forward& p, ElementType type) {
+    return with_traits(p, type, [](auto traits) {
+        using T = decltype(traits);
+        return int64_t{T::kWeightBytes} * T::kParts;
+    });
 }
 
 const char* conv1_forward_refusal(const Conv1Forward& p, ElementType type) {
@@ -340,6 +322,9 @@ const char* conv1_forward_refusal(const Conv1Forward& p, ElementType type) {
     if (p.y != nullptr && (p.groups < 1 || p.channels % (p.groups * kVector) != 0)) {
         return "a group is not a multiple of 8 channels";
     }
+    if (p.warpgroups && type != ElementType::kFloat32 && !has_warpgroups()) {
+        return "wgmma is for devices of compute capability 9.0, and this one is another";
+    }
     const Conv1Launch launch = conv1_forward_launch(p, type);
     if (launch.blocks >= kMost) {
         return "2^31 blocks or more";
@@ -351,9 +336,9 @@ void conv1_forward(const Conv1Forward& p, ElementType type, void* stream) {
     with_traits(p, type, [&p, stream](auto traits) {
         using T = decltype(traits);
         const Tiling tiling = lay_out<T>(p);
-        const unsigned words = kDepth * T::kChannels / T::E::kPerWord;
-        launch(pack<T::kType>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight, static_cast<uint32_t*>(p.packed),
-               p.channels);
+        const unsigned words = T::Order::kDepth * T::kChannels / T::E::kPerWord;
+        launch(pack<T::kType, typename T::Order>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight,
+               static_cast<uint32_t*>(p.packed), p.channels);
         const int64_t blocks = p.in.images * tiling.tiles * tiling.walks;
         launch(forward<T>, dim3(static_cast<unsigned>(blocks)), dim3(T::kThreads), T::kSharedBytes, stream, p, tiling);
     });

@@ -14,29 +14,49 @@
 #pragma once
 
 #include "conv1.h"
-#include "tensor_core.h"
+#include "warpgroup.h"
 #include "vectors.h"
 
 constexpr int kKernel = 11, kStride = 4, kPlanes = 3;
-constexpr int kTapRows = kKernel * kPlanes, kTapColumns = kKernel + 1, kDepth = 400;
+constexpr int kTapRows = kKernel * kPlanes, kTapColumns = kKernel + 1;
 constexpr int kTileRows = 2, kTileColumns = 56;  // output pixels
 constexpr int kStripRows = (kTileRows - 1) * kStride + kKernel, kLines = kStripRows * kPlanes;
 constexpr int kLineLength = (kTileColumns - 1) * kStride + kTapColumns;
 constexpr int kWarpSize = 32, kWarpPixels = 32, kPixelRows = 4;  // of A that a lane holds: g, g + 8, g + 16, g + 24
 
-static_assert(kTapRows * kTapColumns <= kDepth && kKernel * kKernel * kPlanes * 100 >= kDepth * 84, "K waste within 16%");
-
 // ---------------------------------------------------------------------------------------------------- the order of the taps
 
-// How tensor cores take a type: steps of K, and for the words of a step, `high` being the second half of its columns, where
-// they lie behind lane q's first word, from which of two bases, and which of two masks makes the twelfth column zero.
-template <ElementType kType> struct Taps {  // bf16 and half: a word is the taps 2t, 2t + 1; a step is 8 words wide
-    static constexpr int kSteps = kDepth / 16, kTurnRows = 4, kTurns = 8, kTail = 1;
-    static constexpr int kWords = 6;  // of a tap row
+// What a word of the packed weights holds: this channel's taps from `column` on; zero outside 33 rows of 11.
+struct TapWord {
+    int channel, row, column;
+};
+
+// Lines of numbers in the strip, rows of words in K, kPerWord numbers a word.
+template <int kPerWord> struct TapRows {
+    static constexpr bool kWarpgroup = false;
+    static constexpr int kDepth = 400, kSteps = kDepth / (8 * kPerWord);
+    static constexpr int kWords = kTapColumns / kPerWord;  // of a tap row
+    static constexpr int kStripBytes = kLines * kLineLength / kPerWord * 4;
+    DEVICE static constexpr int word(int line, int word) { return (line * (kLineLength / kPerWord) + word) * 4; }
     DEVICE static constexpr int slot(int step, bool high) { return 8 * step + 4 * high; }  // of q = 0
     DEVICE static constexpr int offset(int step, bool high, int line) {
         return slot(step, high) / kWords * line + slot(step, high) % kWords * 4;
     }
+
+    // The weights as lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
+    DEVICE static TapWord tap_word(int i, int) {
+        const int lane = i / 4 % kWarpSize, step = i / 128 % kSteps, tile = i / 128 / kSteps * 2 + i % 4 / 2;
+        const int of_tap = slot(step, i % 2) + lane % 4;
+        return {tile * 8 + lane / 4, of_tap / kWords, of_tap % kWords * kPerWord};
+    }
+    static_assert(kTapRows * kTapColumns <= kDepth, "all taps");
+    static_assert(kKernel * kKernel * kPlanes * 100 >= kDepth * 84, "K waste within 16%");
+};
+
+// How tensor cores take a type: for the words of a step, `high` being the second half of its columns, where they lie behind
+// lane q's first word, from which of two bases, and which of two masks makes the twelfth column zero.
+template <ElementType kType> struct Taps : TapRows<2> {  // bf16 and half: a word is the taps 2t, 2t + 1; a step is 8 words wide
+    static constexpr int kTurnRows = 4, kTurns = 8, kTail = 1;
     DEVICE static constexpr int base(int step, bool high) { return slot(step, high) % kWords == 4; }  // ends in the next row
     DEVICE static constexpr int mask(int step, bool high) {
         return slot(step, high) % kWords == 4 ? 0 : slot(step, high) % kWords == 2 ? 1 : -1;
@@ -47,13 +67,8 @@ template <ElementType kType> struct Taps {  // bf16 and half: a word is the taps
     }
 };
 
-template <> struct Taps<ElementType::kFloat32> {  // tf32: a word is one tap; a step is 2 x 4 taps, 3 x 4 are a row
-    static constexpr int kSteps = kDepth / 8, kTurnRows = 2, kTurns = 16, kTail = 2;
-    static constexpr int kWords = 12;
-    DEVICE static constexpr int slot(int step, bool high) { return 8 * step + 4 * high; }
-    DEVICE static constexpr int offset(int step, bool high, int line) {
-        return slot(step, high) / kWords * line + slot(step, high) % kWords * 4;
-    }
+template <> struct Taps<ElementType::kFloat32> : TapRows<1> {  // tf32: a word is one tap; a step is 2 x 4 taps, 3 x 4 are a row
+    static constexpr int kTurnRows = 2, kTurns = 16, kTail = 2;
     DEVICE static constexpr int base(int step, bool high) { return step == 1 && high; }  // in the tail behind the last row
     DEVICE static constexpr int mask(int step, bool high) {
         return slot(step, high) % kWords == 8 ? 0 : step == 1 && high ? 1 : -1;
@@ -64,11 +79,18 @@ template <> struct Taps<ElementType::kFloat32> {  // tf32: a word is one tap; a 
     }
 };
 
+template <class T>
+constexpr bool kWholeTurns = T::kSteps == 3 * T::kTurns + T::kTail && T::kTurnRows * T::kWords == 24 &&
+                             T::kTurns * T::kTurnRows == kTapRows - 1;
+static_assert(kWholeTurns<Taps<ElementType::kBFloat16>> && kWholeTurns<Taps<ElementType::kFloat32>>, "a loop of turns");
+
 // ---------------------------------------------------------------------------------------------------- traits
 
-template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightParts> struct Conv1Traits {
+// TapOrder says how numbers lie in the strip and weights in their order: Taps, or WarpgroupTaps of conv1_warpgroup.h.
+template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightParts, class TapOrder = Taps<kElement>>
+struct Conv1Traits {
     using E = Element<kElement>;
-    using Order = Taps<kElement>;
+    using Order = TapOrder;
     static constexpr ElementType kType = kElement;
     static constexpr bool kStem = kWithPool;
     static constexpr int kChannels = kAllChannels, kParts = kWeightParts;  // channels / kParts have weights there at once
@@ -92,18 +114,17 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
     static constexpr int kLine = kLineLength * kBytes, kLineWords = kLine / 4;
     static constexpr int kPixel = kChannels * kBytes + 16;  // odd in units of 16: eight neighbours, eight groups of banks
     static constexpr int kFragment = kWarpSize * 16;          // B of two tiles in one step
-    static constexpr int kWeightBytes = kDepth * kChannels / kParts * kBytes;
+    static constexpr int kWeightBytes = Order::kDepth * kChannels / kParts * kBytes;
     static constexpr int kBiasAt = kWeightBytes, kStripAt = kBiasAt + kChannels * 4;
-    static constexpr int kStripBytes = kLines * kLine, kRowsBytes = kTileRows * kColumns * kPixel;
-    static constexpr int kSharingBytes = kStripBytes > kRowsBytes ? kStripBytes : kRowsBytes;
+    static constexpr int kRowsBytes = kTileRows * kColumns * kPixel;
+    static constexpr int kSharingBytes = Order::kStripBytes > kRowsBytes ? Order::kStripBytes : kRowsBytes;
     static constexpr int kCarryAt = kStripAt + kSharingBytes, kCarryBytes = kStem ? kColumns * kPixel : 0;
     static constexpr int kSharedBytes = kCarryAt + kCarryBytes;
     static constexpr int kFitting = (228 << 10) / (kSharedBytes + 1024);  // blocks on a multiprocessor of sm_90
     static constexpr int kBlocks = kFitting < 1 ? 1 : kFitting > 3 ? 3 : kFitting;
 
-    static_assert(kDepth == Order::kSteps * 8 * E::kPerWord, "whole steps");
-    static_assert(Order::kSteps == 3 * Order::kTurns + Order::kTail, "turns of three steps, and a tail");
-    static_assert(Order::kTurnRows * Order::kWords == 24 && Order::kTurns * Order::kTurnRows == kTapRows - 1, "whole turns");
+    static_assert(Order::kDepth == Order::kSteps * 8 * E::kPerWord, "whole steps");
+    static_assert(!Order::kWarpgroup || (!kTf32 && kThreads == 128 && kParts == 1), "four warps, 16-bit numbers");
     static_assert(kTf32 || kLineWords % 32 == 20, "taps 8 ... 11 and 0 ... 3 in different banks");
     static_assert(kPixel / 16 % 2 == 1 && kCarryAt % 16 == 0 && kStripAt % 16 == 0, "vectors are aligned");
     static_assert(kParts > 1 || kSharedBytes <= 227 << 10, "a block fits on sm_90");
@@ -112,6 +133,13 @@ template <ElementType kElement, int kAllChannels, bool kWithPool, int kWeightPar
         kType == ElementType::kBFloat16  ? mma_bf16(d, a, b0, b1)
         : kType == ElementType::kFloat16 ? mma_half(d, a, b0, b1)
                                          : mma_tf32(d, a, b0, b1);
+    }
+    template <class Sums> DEVICE static void multiply_rows(Sums& d, uint64_t a, uint64_t b) {
+        kType == ElementType::kBFloat16 ? warpgroup_mma_bf16(d, a, b) : warpgroup_mma_half(d, a, b);
+    }
+    // NaN from the first word on that holds an infinite or NaN number.
+    DEVICE static uint32_t watch(uint32_t so_far, uint32_t word) {
+        return kType == ElementType::kBFloat16 ? add_zero_times_bf16x2(so_far, word) : add_zero_times_half2(so_far, word);
     }
     DEVICE static uint32_t encode(float first, float second) {
         return kType == ElementType::kFloat32 ? float_to_tf32(first) : E::pack(first, second);
@@ -132,9 +160,10 @@ template <Conv1Source kSource> DEVICE float element(const void* x, int at) {
 
 // The strip whose corner is pixel (top, left) of the image, as far as `length` numbers of a line; outside there are zeros. A
 // warp takes every n-th row of pixels, lanes take words: neighbours in memory. All loads of a row are under way together, each
-// from an address inside the image; `keep` makes zeros of what lies outside.
+// from an address inside the image; `keep` makes zeros of what lies outside. For a warpgroup, whether this thread has seen a
+// number that is not finite.
 template <class T, Conv1Source kSource>
-DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* image, int top, int left, int length) {
+DEVICE bool load_strip_of(uint8_t* strip, const Conv1Images& in, const void* image, int top, int left, int length) {
     constexpr int kPerWord = T::E::kPerWord, kTurns = (T::kLineWords + kWarpSize - 1) / kWarpSize;
     const int lane = threadIdx.x % kWarpSize;
     int column[kTurns * kPerWord];
@@ -156,6 +185,7 @@ DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* ima
     for (int plane = 0; plane < kPlanes; ++plane) {
         mean[plane] = in.mean != nullptr ? in.mean[plane] : 0, scale[plane] = in.mean != nullptr ? in.scale[plane] : 1;
     }
+    uint32_t watched = 0;
 #pragma unroll 1
     for (int row = threadIdx.x / kWarpSize; row < kStripRows; row += T::kThreads / kWarpSize) {
         const bool inside = top + row >= 0 && top + row < in.height;
@@ -171,17 +201,20 @@ DEVICE void load_strip_of(uint8_t* strip, const Conv1Images& in, const void* ima
         }
 #pragma unroll
         for (int plane = 0; plane < kPlanes; ++plane) {
-            uint32_t* line = reinterpret_cast<uint32_t*>(strip + (row * kPlanes + plane) * T::kLine);
 #pragma unroll
             for (int i = 0; i < kTurns; ++i) {
                 const float first = (values[plane][i * kPerWord] - mean[plane]) * scale[plane];
                 const float second = (values[plane][(i + 1) * kPerWord - 1] - mean[plane]) * scale[plane];
+                const int at = T::Order::word(row * kPlanes + plane, lane + i * kWarpSize);
+                const uint32_t word = T::encode(first, second) & keep[i] & keep_row;
+                watched = T::Order::kWarpgroup ? T::watch(watched, word) : 0;
                 if (lane + i * kWarpSize < T::kLineWords) {
-                    line[lane + i * kWarpSize] = T::encode(first, second) & keep[i] & keep_row;
+                    *reinterpret_cast<uint32_t*>(strip + at) = word;
                 }
             }
         }
     }
+    return watched != 0;
 }
 
 DEVICE int source_bytes(Conv1Source source) {
@@ -189,7 +222,7 @@ DEVICE int source_bytes(Conv1Source source) {
 }
 
 template <class T>
-DEVICE void load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
+DEVICE bool load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int top, int left, int length) {
     constexpr Conv1Source kFloat32 = Conv1Source::kFloat32, kFloat16 = Conv1Source::kFloat16;
     constexpr Conv1Source kBFloat16 = Conv1Source::kBFloat16, kUint8 = Conv1Source::kUint8;
     const void* x = static_cast<const uint8_t*>(in.x) + image * in.image_stride * source_bytes(in.source);
@@ -199,6 +232,7 @@ DEVICE void load_strip(uint8_t* strip, const Conv1Images& in, int64_t image, int
         case kBFloat16: return load_strip_of<T, kBFloat16>(strip, in, x, top, left, length);
         case kUint8: return load_strip_of<T, kUint8>(strip, in, x, top, left, length);
     }
+    return false;
 }
 
 // Brings the rows to L2 that the strip below this one has and this one has not.
@@ -281,24 +315,21 @@ DEVICE void multiply_tile(float (&sums)[2][T::kTiles][4], const uint8_t* strip, 
 
 // ---------------------------------------------------------------------------------------------------- the weights
 
-// Word i of the order in which lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
-template <ElementType kType>
+// The weights in the order in which the product wants them.
+template <ElementType kType, class Order>
 __global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed, int channels) {
     using E = Element<kType>;
-    using Order = Taps<kType>;
     const int i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= channels * kDepth / E::kPerWord) {
+    if (i >= channels * Order::kDepth / E::kPerWord) {
         return;
     }
-    const int lane = i / 4 % kWarpSize, step = i / 128 % Order::kSteps, tile = i / 128 / Order::kSteps * 2 + i % 4 / 2;
-    const int slot = Order::slot(step, i % 2) + lane % 4, row = slot / Order::kWords;
-    const int column = slot % Order::kWords * E::kPerWord;
+    const TapWord tap = Order::tap_word(i, channels);
     uint32_t word = 0;
 #pragma unroll
     for (int j = 0; j < E::kPerWord; ++j) {
-        if (row < kTapRows && column + j < kKernel) {
-            const int channel = tile * 8 + lane / 4;
-            const int at = ((channel * kPlanes + row % kPlanes) * kKernel + row / kPlanes) * kKernel + column + j;
+        if (tap.row < kTapRows && tap.column + j < kKernel) {
+            const int row = tap.row / kPlanes, plane = tap.row % kPlanes;
+            const int at = ((tap.channel * kPlanes + plane) * kKernel + row) * kKernel + tap.column + j;
             word |= E::kPerWord == 1 ? float_to_tf32(static_cast<const float*>(weight)[at])
                                      : static_cast<uint32_t>(static_cast<const uint16_t*>(weight)[at]) << 16 * j;
         }

@@ -32,6 +32,9 @@ inline int shared_memory_limit() {
     return bytes;
 }
 
+// A barrier that tells all threads of the block whether any of them said yes.
+DEVICE bool barrier_vote(bool yes) { return __syncthreads_or(yes); }
+
 DEVICE uint32_t shuffle_up(uint32_t value) { return __shfl_up_sync(0xffffffffu, value, 1); }
 DEVICE uint32_t shuffle_down(uint32_t value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -93,6 +96,18 @@ DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {  // sm_80 has no addition o
 DEVICE uint32_t add_half2(uint32_t a, uint32_t b) {
     uint32_t r;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+
+// sum + 0 * word: each half of `sum` is NaN from the first infinite or NaN one on.
+DEVICE uint32_t add_zero_times_bf16x2(uint32_t sum, uint32_t word) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(word), "r"(0), "r"(sum));
+    return r;
+}
+DEVICE uint32_t add_zero_times_half2(uint32_t sum, uint32_t word) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(word), "r"(0), "r"(sum));
     return r;
 }
 

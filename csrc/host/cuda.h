@@ -36,6 +36,7 @@ void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, voi
 inline int shared_memory_limit() { return host::shared_limit; }
 
 inline void __syncthreads() { host::barrier(); }
+inline bool barrier_vote(bool yes) { return host::barrier_vote(yes); }
 
 // As __shfl_up_sync and __shfl_down_sync by one lane: the lane at the end keeps its own value.
 inline uint32_t shuffle_up(uint32_t value) {
@@ -106,6 +107,13 @@ inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
 }
 inline uint32_t add_half2(uint32_t a, uint32_t b) {
     return pack_half2(half_to_float(a) + half_to_float(b), half_to_float(a >> 16) + half_to_float(b >> 16));
+}
+inline uint32_t add_zero_times_bf16x2(uint32_t sum, uint32_t word) {
+    return pack_bf16x2(low_bf16(sum) + 0 * low_bf16(word), high_bf16(sum) + 0 * high_bf16(word));
+}
+inline uint32_t add_zero_times_half2(uint32_t sum, uint32_t word) {
+    return pack_half2(half_to_float(sum) + 0 * half_to_float(word),
+                      half_to_float(sum >> 16) + 0 * half_to_float(word >> 16));
 }
 inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
     return pack_bf16x2(max_nan(low_bf16(a), low_bf16(b)), max_nan(high_bf16(a), high_bf16(b)));

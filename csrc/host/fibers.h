@@ -48,12 +48,31 @@ struct Copy {
     unsigned group;
 };
 
+// A product of a warpgroup that is under way; `form` adds to `count` sums from d on what is this thread's.
+struct AsyncProduct {
+    void (*form)(const AsyncProduct&);
+    float* d;
+    int count;
+    uint64_t a, b;  // descriptors
+    unsigned group;
+};
+
+// Sums that nobody may touch, as they were; in their place is NaN.
+struct Hidden {
+    float* d;
+    std::vector<float> values;
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     void* fake_stack = nullptr;  // ASan's
     std::vector<Copy> copies;    // asynchronous ones, not made yet, in their order
     unsigned copy_groups = 0;    // closed so far
+    std::vector<AsyncProduct> products;
+    std::vector<Hidden> hidden;  // the sums of `products`
+    unsigned product_groups = 0, asked = 0;  // asked: products so far
+    bool sums_fenced = false;
     dim3 index;
     unsigned linear = 0, generation = 0;  // generation: of the exchange it waits for
     Waits waits = Waits::kNothing;
@@ -85,7 +104,10 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<uint8_t> shared;  // red zone, array, red zone, array, ..., in the order of first use
     std::vector<SharedArray> arrays;
+    std::vector<uint8_t> fenced;  // as `shared` was at the last fence.proxy.async
+    std::vector<std::vector<std::pair<uint64_t, uint64_t>>> asked;  // by warpgroup: the products so far, both descriptors
     size_t used = 0, dynamic_bytes = 0;
+    bool vote = false, arriving_vote = false;  // of the last barrier, of the next
     Fiber* current = nullptr;
     ucontext_t scheduler;
     const void* scheduler_stack = nullptr;
@@ -189,6 +211,13 @@ inline void barrier() {
     yield();
 }
 
+// A barrier that tells all whether any of them said yes.
+inline bool barrier_vote(bool yes) {
+    the_block->arriving_vote |= yes;
+    barrier();
+    return the_block->vote;
+}
+
 // The shared array `key` of this block: made, and filled with NaN, at its first use.
 inline void* shared_array(int key, size_t bytes) {
     Block& b = *the_block;
@@ -246,6 +275,7 @@ inline bool finished(Block& b) {
         for (Fiber& f : b.fibers) {
             f.waits = Waits::kNothing;
         }
+        b.vote = std::exchange(b.arriving_vote, false);
     } else if (done < b.fibers.size() && done + at_barrier + in_warp == b.fibers.size()) {
         throw std::runtime_error("threads wait for each other: " + std::to_string(at_barrier) + " at __syncthreads, " +
                                  std::to_string(in_warp) + " in a warp operation, " + std::to_string(done) + " returned");
@@ -258,13 +288,20 @@ inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& rand
     std::fill(b.shared.begin(), b.shared.end(), kPoison);
     poison(b.shared.data(), b.shared.size(), true);
     b.arrays.clear();
+    b.fenced.assign(b.shared.size(), kPoison);
+    b.asked.assign((b.fibers.size() + 4 * kWarp - 1) / (4 * kWarp), {});
     b.used = 0;
+    b.vote = b.arriving_vote = false;
     b.warps.assign((b.fibers.size() + kWarp - 1) / kWarp, {});
     for (Fiber& f : b.fibers) {
         f.waits = Waits::kNothing;
         f.done = false;
         f.copies.clear();
         f.copy_groups = 0;
+        f.products.clear();
+        f.hidden.clear();
+        f.product_groups = f.asked = 0;
+        f.sums_fenced = false;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = kStack;
@@ -292,6 +329,11 @@ inline void run_block(Block& b, std::vector<unsigned>& turns, std::mt19937& rand
         }
     } while (!finished(b));
     check_red_zones(b);
+    for (const Fiber& f : b.fibers) {
+        if (f.asked != b.asked[f.linear / (4 * kWarp)].size()) {
+            throw std::runtime_error("a warp has passed by a product of its warpgroup");
+        }
+    }
 }
 
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {

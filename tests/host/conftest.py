@@ -68,6 +68,12 @@ def tensor_core(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="session", params=["plain", "sanitized"])
+def warpgroup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("host") / "warpgroup"
+    return build(target, ["tests/host/warpgroup.cu"], ["-O1", *(SANITIZERS if request.param == "sanitized" else [])])
+
+
+@pytest.fixture(scope="session", params=["plain", "sanitized"])
 def plants(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
     sanitize = request.param == "sanitized"
     target = tmp_path_factory.mktemp("host") / "plants"

@@ -21,7 +21,7 @@ extern "C" const char* run_conv1_forward(Conv1Forward problem, int type, int ord
         return refusal;
     }
     struct alignas(16) Vector { uint8_t bytes[16]; };
-    std::vector<Vector> packed(conv1_packed_bytes(problem.channels, element) / sizeof(Vector));
+    std::vector<Vector> packed(conv1_packed_bytes(problem, element) / sizeof(Vector));
     problem.packed = packed.data();
     try {
         conv1_forward(problem, element, nullptr);
@@ -43,7 +43,7 @@ struct Case {
     ElementType type;
     Conv1Source source;
     int channels, height, width, shared_limit;
-    bool stem, pool_first, keep;
+    bool stem, pool_first, keep, warpgroups;
 };
 
 std::vector<uint8_t> numbers(size_t count, int bytes, bool half, std::mt19937& random) {
@@ -97,7 +97,7 @@ int check(const Case& c) {
     p.y = c.stem ? y.data() : nullptr, p.place = c.stem && c.keep ? place.data() : nullptr;
     p.out_height = out_height, p.out_width = out_width, p.pooled_height = pooled_height, p.pooled_width = pooled_width;
     p.channels = c.channels, p.groups = 2, p.lrn_scale = 2e-2f, p.beta = 0.75f, p.k = 2, p.relu = true;
-    p.pool_first = c.pool_first;
+    p.pool_first = c.pool_first, p.warpgroups = c.warpgroups;
     // A device with more shared memory multiplies in the same order.
     const std::pair<int, int> runs[] = {{0, c.shared_limit}, {1, c.shared_limit}, {7, c.shared_limit}, {0, 227 << 10}};
     for (const auto& [order, shared_limit] : runs) {
@@ -128,10 +128,12 @@ int main() {
     constexpr ElementType kFloat32 = ElementType::kFloat32, kFloat16 = ElementType::kFloat16;
     constexpr ElementType kBFloat16 = ElementType::kBFloat16;
     const Case cases[] = {
-        {kBFloat16, Conv1Source::kFloat32, 48, 24, 91, 227 << 10, true, false, true},  // two warps of four have pixels
-        {kFloat16, Conv1Source::kUint8, 48, 21, 30, 227 << 10, true, true, false},
-        {kFloat32, Conv1Source::kBFloat16, 96, 20, 21, 163 << 10, true, false, true},
-        {kFloat32, Conv1Source::kUint8, 64, 19, 23, 227 << 10, false, false, true},
+        {kBFloat16, Conv1Source::kFloat32, 48, 24, 91, 227 << 10, true, false, true, false},  // two warps of four have pixels
+        {kFloat16, Conv1Source::kUint8, 48, 21, 30, 227 << 10, true, true, false, false},
+        {kFloat32, Conv1Source::kBFloat16, 96, 20, 21, 163 << 10, true, false, true, false},
+        {kFloat32, Conv1Source::kUint8, 64, 19, 23, 227 << 10, false, false, true, false},
+        {kFloat16, Conv1Source::kFloat32, 48, 24, 91, 227 << 10, true, false, true, true},
+        {kBFloat16, Conv1Source::kUint8, 96, 19, 23, 227 << 10, false, false, true, true},
     };
     int failures = 0;
     for (const Case& c : cases) {

@@ -28,6 +28,7 @@ class Kernel(NamedTuple):
     channels: int
     stem: bool
     parts: int
+    warpgroups: bool
     registers: int
     spilled: bool
 
@@ -43,7 +44,8 @@ class Kernel(NamedTuple):
     def shared(self) -> int:
         """As the traits lay it out: weights, bias, the strip or two rows of results, the row that stays."""
         pixel, columns = self.channels * self.size + 16, 55 if self.stem else 56
-        weights, strip = 400 * self.channels // self.parts * self.size, 45 * 232 * self.size
+        depth, strip = (416, (22 * 58 + 66) * 16) if self.warpgroups else (400, 45 * 232 * self.size)
+        weights = depth * self.channels // self.parts * self.size
         return weights + self.channels * 4 + max(strip, 2 * columns * pixel) + (columns * pixel if self.stem else 0)
 
     def blocks(self, architecture: str) -> int:
@@ -71,18 +73,22 @@ def compile_for(architecture: str, target: Path) -> list[Kernel]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = done.stdout + done.stderr
+    assert not re.findall(
+        r".*(?:serialized|injected).*", report
+    )  # products one by one, a wait or fence that is not ours
     pattern = (
-        r"ElementType(\d)ELi(\d+)ELb(\d)ELi(\d).*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers"
+        r"ElementType(\d)ELi(\d+)ELb(\d)ELi(\d)E\d+(Warpgroup|)Taps.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers"
     )
     return [
-        Kernel(int(m[1]), int(m[2]), m[3] == "1", int(m[4]), int(m[8]), any(int(m[i]) for i in (5, 6, 7)))
+        Kernel(int(m[1]), int(m[2]), m[3] == "1", int(m[4]), m[5] != "", int(m[9]), any(int(m[i]) for i in (6, 7, 8)))
         for m in re.finditer(pattern, report, re.DOTALL)
     ]
 
 
 def check_resources(kernels: list[Kernel], architecture: str) -> None:
-    assert len(kernels) == 24  # three types; 48, 64, 96 channels and 96 by halves; alone and with the pool
+    # three types; 48, 64, 96 channels and 96 by halves; alone and with the pool; and 12 by wgmma
+    assert [sum(kernel.warpgroups == way for kernel in kernels) for way in (False, True)] == [24, 12]
     for kernel in kernels:
         assert not kernel.spilled, kernel
         largest = SHARED[architecture] - 1024
@@ -112,13 +118,38 @@ def main_loops(listing: str) -> dict[str, Counter[str]]:
     return found
 
 
+def runs_of_wgmma(listing: str) -> dict[str, list[Counter[str]]]:
+    """By kernel: the instructions from each fence to its wait."""
+    found = {}
+    for function in listing.split("Function : ")[1:]:
+        code = [re.sub(r"^@!?U?P\d+ ", "", text) for text in re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(.*?);", function)]
+        names = " ".join(text.split()[0] for text in code)
+        runs = re.findall(r"WARPGROUP\.ARRIVE (.*?) WARPGROUP\.DEPBAR", names)
+        found[function.split("\n")[0]] = [Counter(name.split(".")[0] for name in run.split()) for run in runs]
+    return found
+
+
+def check_wgmma(listing: str) -> None:
+    """All of K under way at once, descriptors by additions on the uniform path, nothing waited for or moved in between."""
+    kernels = {
+        name: runs for name, runs in runs_of_wgmma(listing).items() if "WarpgroupTaps" in name and "forward" in name
+    }
+    assert len(kernels) == 12
+    for name, runs in kernels.items():
+        assert sorted(run["HGMMA"] for run in runs) == [26, 52], name  # one row of pixels; two
+        for run in runs:
+            assert run["WARPGROUP"] == run["R2UR"] == run["LDS"] == run["BAR"] == 0, (name, run)
+            assert sum(run.values()) <= (8.5 if run["HGMMA"] == 26 else 5) * run["HGMMA"], (name, run)
+
+
 def test_sm_90(tmp_path: Path) -> None:
     cubin = tmp_path / "kernel.cubin"
     check_resources(compile_for("90a", cubin), "90a")
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     listing = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    loops = {name: loop for name, loop in main_loops(listing).items() if "Li96ELb" in name and "Li1EE" in name}
+    check_wgmma(listing)
+    loops = {name: loop for name, loop in main_loops(listing).items() if "Li96ELb" in name and "Li1E4Taps" in name}
     assert len(loops) == 6
     for name, loop in loops.items():
         # three steps of K, 32 pixels; a load of B is 16 bytes and feeds four products, one of A is 4 bytes and feeds 6 or 12
@@ -131,8 +162,9 @@ def test_sm_90(tmp_path: Path) -> None:
 
 def test_two_blocks_of_a_multiprocessor_share_its_memory() -> None:
     """The sizes that docs/kernels/conv1.md and test_conv1_forward.py name."""
-    sizes = [Kernel(element, 96, stem, 1, 0, False).shared for element in (0, 2) for stem in (False, True)]
-    assert sizes == [198_784, 219_984, 100_480, 111_504]
+    ways = [(0, False), (2, False), (2, True)]
+    sizes = [Kernel(element, 96, stem, 1, way, 0, False).shared for element, way in ways for stem in (False, True)]
+    assert sizes == [198_784, 219_984, 100_480, 111_504, 103_552, 114_576]
 
 
 @pytest.mark.slow
