@@ -48,11 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> conv1_backward_cuda(const Tensor& grad, const
     }
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     p.multiprocessors = multiprocessors(x);
-    const char* refusal = conv1_backward_refusal(p);
+    const char* refusal = conv1_backward_refusal(p, type);
     STD_TORCH_CHECK(refusal == nullptr, "conv1_backward: ", refusal);
 
-    const Tensor nothing = torch::stable::new_empty(weight, {0});
-    Tensor dx = torch::stable::new_empty(x, {0}), dw = nothing, db = nothing;
+    Tensor dx = torch::stable::new_empty(x, {0});  // three tensors, wanted or not: results of an op share no memory
+    Tensor dw = torch::stable::new_empty(weight, {0}), db = torch::stable::new_empty(weight, {0});
     if (mask[0]) {
         dx = planes_outermost(x) ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
                                  : empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());

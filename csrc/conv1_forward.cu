@@ -254,7 +254,8 @@ template <class T> Tiling lay_out(const Conv1Forward& p) {
     tiling.steps = T::kStem ? p.out_height / 2 : (p.out_height + 1) / 2;
     tiling.tiles = (units + most - 1) / most;
     tiling.tile_units = (units + tiling.tiles - 1) / tiling.tiles;
-    const int64_t columns = p.in.images * tiling.tiles, wanted = (kEnoughBlocks + columns - 1) / columns;
+    const int64_t columns = std::max<int64_t>(1, p.in.images * tiling.tiles);
+    const int64_t wanted = (kEnoughBlocks + columns - 1) / columns;
     const int possible = tiling.steps < kFewestSteps ? 1 : tiling.steps / kFewestSteps;
     tiling.walks = static_cast<int>(wanted < possible ? wanted : possible);
     tiling.walk_steps = (tiling.steps + tiling.walks - 1) / tiling.walks;
@@ -323,6 +324,9 @@ const char* conv1_forward_refusal(const Conv1Forward& p, ElementType type) {
     constexpr int64_t kMost = int64_t{1} << 31;
     if (p.channels != 48 && p.channels != 64 && p.channels != 96) {
         return "the weights are for 48, 64 or 96 channels, no other number";
+    }
+    if (p.in.height < 1 || p.in.width < 1) {
+        return "an empty image";
     }
     if (p.out_height < 1 || p.out_width < 1) {
         return "the padded image is smaller than the kernel of 11 x 11";

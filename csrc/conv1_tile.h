@@ -211,8 +211,8 @@ template <class T> DEVICE void prefetch_strip(const Conv1Images& in, int64_t ima
     for (int i = threadIdx.x; i < kRows * planes * chunks; i += T::kThreads) {
         const int y = top + kStripRows + i / chunks / planes;
         if (y >= 0 && y < in.height) {
-            const int at = y * in.row_stride + first * in.column_stride;
-            prefetch(x + (at + i / chunks % planes * in.plane_stride) * bytes + i % chunks * kCacheLine);
+            const int at = y * in.row_stride + first * in.column_stride + i / chunks % planes * in.plane_stride;
+            prefetch(x + int64_t{at} * bytes + i % chunks * kCacheLine);
         }
     }
 }

@@ -11,10 +11,12 @@
 #include "conv1_backward.h"
 #include "device.h"
 
+extern "C" void set_shared_limit(int bytes) { host::shared_limit = bytes; }
+
 // Runs one problem, its workspace allocated here and filled with NaN; the message of what went wrong, or null.
 extern "C" const char* run_conv1_backward(Conv1Backward problem, int type, int order) {
     static std::string message;
-    if (const char* refusal = conv1_backward_refusal(problem)) {
+    if (const char* refusal = conv1_backward_refusal(problem, static_cast<ElementType>(type))) {
         return refusal;
     }
     std::vector<float> workspace((conv1_backward_workspace(problem, static_cast<ElementType>(type)) + 3) / 4, NAN);

@@ -333,6 +333,23 @@ def test_refusals(host: ctypes.CDLL) -> None:
         assert host.run_conv1_backward(problem, 0, 0) == message
 
 
+def test_a_device_with_little_shared_memory(host: ctypes.CDLL) -> None:
+    """99 KiB, as of sm_86, sm_89 and sm_120: what does not fit is refused before the launch, the rest is launched."""
+    few = b"the device has too little shared memory for a block"
+    host.set_shared_limit(99 << 10)
+    try:
+        for dtype in DTYPES:
+            for channels in (48, 64, 96):
+                case = Case((1, 11, 15), channels, dtype=dtype)
+                if dtype == torch.float32 and channels == 96:
+                    problem = Problem(Images(images=1, height=11, width=15), channels=96, out_height=1, out_width=2)
+                    assert host.run_conv1_backward(problem, DTYPES.index(dtype), 0) == few
+                else:
+                    check(host, case)
+    finally:
+        host.set_shared_limit(227 << 10)
+
+
 @pytest.mark.parametrize("channels", [48, 64, 96])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_launch(host: ctypes.CDLL, dtype: torch.dtype, channels: int) -> None:

@@ -400,15 +400,23 @@ def test_shared_memory(host: ctypes.CDLL) -> None:
     assert sizes == [198_784, 219_984, 100_480, 111_504]  # as test_nvcc_conv1.py has them
 
 
+def test_a_batch_of_nothing_is_no_launch_and_no_crash(host: ctypes.CDLL) -> None:
+    """The bindings ask whether a call is refused before they look at the number of images."""
+    case = Case(images=0)
+    described = host.describe_conv1_forward(problem(case, draw(case), None, None, None), 2, LARGE)
+    assert described.blocks == 0 and described.products == 0
+
+
 def test_refusals(host: ctypes.CDLL) -> None:
     def refusal(case: Case, shared: int = LARGE, **changes: Any) -> bytes:
         inputs = draw(dataclasses.replace(case, channels=48, images=1))
         one = problem(case, inputs, None, inputs.x if case.stem else None, None)
         for name, value in changes.items():
-            setattr(one, name, value)
+            setattr(one if hasattr(one, name) else one.images, name, value)
         return bytes(host.run_conv1_forward(one, DTYPES.index(case.dtype), 0, shared))
 
     assert refusal(Case(channels=32)) == b"the weights are for 48, 64 or 96 channels, no other number"
+    assert refusal(Case(), height=0) == b"an empty image"
     assert refusal(Case(), out_height=0) == b"the padded image is smaller than the kernel of 11 x 11"
     assert refusal(Case(stem=True), pooled_height=0) == b"no window of the pool fits into the picture"
     assert refusal(Case(stem=True), pooled_height=3) == b"the pool has padding"
