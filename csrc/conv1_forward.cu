@@ -356,8 +356,7 @@ void conv1_forward(const Conv1Forward& p, ElementType type, void* stream) {
         using T = decltype(traits);
         const Tiling tiling = lay_out<T>(p);
         const unsigned words = kDepth * T::kChannels / T::E::kPerWord;
-        launch(pack<T::kType>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight, static_cast<uint32_t*>(p.packed),
-               p.channels);
+        launch(pack<T::kType>, dim3((words + 255) / 256), dim3(256), 0, stream, p);
         const int64_t blocks = p.in.images * tiling.tiles * tiling.walks;
         launch(forward<T>, dim3(static_cast<unsigned>(blocks)), dim3(T::kThreads), T::kSharedBytes, stream, p, tiling);
     });

@@ -283,11 +283,11 @@ DEVICE void multiply_tile(float (&sums)[2][T::kTiles][4], const uint8_t* strip, 
 
 // Word i of the order in which lanes want them: [pair of tiles of 8 channels][step][lane][tile of the pair, half of the step].
 template <ElementType kType>
-__global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed, int channels) {
+__global__ void __launch_bounds__(256) pack(Conv1Forward p) {
     using E = Element<kType>;
     using Order = Taps<kType>;
     const int i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= channels * kDepth / E::kPerWord) {
+    if (i >= p.channels * kDepth / E::kPerWord) {
         return;
     }
     const int lane = i / 4 % kWarpSize, step = i / 128 % Order::kSteps, tile = i / 128 / Order::kSteps * 2 + i % 4 / 2;
@@ -298,10 +298,12 @@ __global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed
     for (int j = 0; j < E::kPerWord; ++j) {
         if (row < kTapRows && column + j < kKernel) {
             const int channel = tile * 8 + lane / 4;
-            const int at = ((channel * kPlanes + row % kPlanes) * kKernel + row / kPlanes) * kKernel + column + j;
-            word |= E::kPerWord == 1 ? float_to_tf32(static_cast<const float*>(weight)[at])
-                                     : static_cast<uint32_t>(static_cast<const uint16_t*>(weight)[at]) << 16 * j;
+            const int* strides = p.weight_strides;
+            const int at = channel * strides[0] + row % kPlanes * strides[1] + row / kPlanes * strides[2] +
+                           (column + j) * strides[3];
+            word |= E::kPerWord == 1 ? float_to_tf32(static_cast<const float*>(p.weight)[at])
+                                     : static_cast<uint32_t>(static_cast<const uint16_t*>(p.weight)[at]) << 16 * j;
         }
     }
-    packed[i] = word;
+    static_cast<uint32_t*>(p.packed)[i] = word;
 }

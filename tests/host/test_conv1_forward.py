@@ -44,6 +44,7 @@ class Problem(ctypes.Structure):
         ("images", Images),
         *((name, ctypes.c_void_p) for name in ("weight", "packed", "bias", "a", "y", "place")),
         *((name, ctypes.c_int) for name in ("out_height", "out_width", "pooled_height", "pooled_width")),
+        ("weight_strides", ctypes.c_int * 4),
         *((name, ctypes.c_int) for name in ("channels", "groups")),
         *((name, ctypes.c_float) for name in ("lrn_scale", "beta", "k")),
         *((name, ctypes.c_bool) for name in ("relu", "pool_first")),
@@ -107,8 +108,9 @@ def draw(case: Case, seed: int = 0) -> Inputs:
         x = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     else:
         x = torch.randn(shape, generator=generator).to(case.source)
-    x = x.contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
     weight = (torch.randn(case.channels, 3, 11, 11, generator=generator) / 8).to(case.dtype)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
     bias = torch.randn(case.channels, generator=generator).to(case.dtype) if case.with_bias else None
     mean, scale = torch.randn(3, generator=generator) * 20 + 110, torch.rand(3, generator=generator) / 50 + 0.01
     return Inputs(x, weight, bias, mean if case.normalised else None, scale if case.normalised else None)
@@ -150,7 +152,8 @@ def problem(case: Case, inputs: Inputs, a: Tensor | None, y: Tensor | None, plac
     )
     return Problem(
         *(images, address(inputs.weight), None, *(address(t) for t in (inputs.bias, a, y, place))),
-        *(*out, *(pooled_shape(case, out) if case.stem else (0, 0)), case.channels, case.groups),
+        *(*out, *(pooled_shape(case, out) if case.stem else (0, 0))),
+        *((ctypes.c_int * 4)(*inputs.weight.stride()), case.channels, case.groups),
         *(LRN[1], case.beta, LRN[3], case.relu, case.pool_first),
     )
 
