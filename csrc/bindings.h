@@ -87,8 +87,8 @@ inline void check_launch(const char* operation) {
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
         STD_TORCH_CHECK(false, operation, ": this library holds no code for sm_", major, minor, ", the architecture of cuda:",
-                        device, " (", cudaGetErrorString(error), "); rebuild it with a toolkit that knows it: pip install --no-build-isolation -e "
-                        "\".[bench]\" -c constraints.txt");
+                        device, " (", cudaGetErrorString(error), "); rebuild it with a toolkit that knows it: "
+                        "pip install --no-build-isolation -e \".[bench]\" -c constraints.txt");
     }
     STD_TORCH_CHECK(error == cudaSuccess, operation, ": ", cudaGetErrorString(error));
 }
