@@ -93,6 +93,17 @@ def toolkit() -> Path:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
+def check_major(nvcc: str) -> None:
+    """A driver that runs torch's CUDA may be too old for the next major version, and then every launch would fail."""
+    of_torch = re.search(r"^cuda\b.*'(\d+)\.", (torch_root() / "version.py").read_text(), re.MULTILINE)
+    of_nvcc = re.search(r"release (\d+)\.", run([nvcc, "--version"], check=False))
+    if of_torch and of_nvcc and of_torch[1] != of_nvcc[1]:
+        raise Unable(
+            f"{nvcc} is of CUDA {of_nvcc[1]}, torch of CUDA {of_torch[1]}; "
+            f"set CUDA_HOME to a toolkit of CUDA {of_torch[1]} and rebuild"
+        )
+
+
 def run(command: list[str], check: bool = True) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if check and done.returncode:
@@ -121,6 +132,7 @@ def cuda_command(output: str) -> list[str]:
     if not any((torch_root() / "lib").glob("*torch_cuda.*")):
         raise Unable("this torch has no CUDA")
     nvcc = str(toolkit() / "bin/nvcc")
+    check_major(nvcc)
     known = run([nvcc, "--list-gpu-arch"], check=False)
     codes = [("80", "80"), ("90a", "90a"), ("100", "100")]
     targets = [

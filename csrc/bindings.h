@@ -71,17 +71,24 @@ inline void* current_stream(const Tensor& t) {
     return stream;
 }
 
-// After a launch on the current device.
+// What a launch answers where the library holds neither code for the device nor PTX that its driver can translate.
+inline bool says_no_code(cudaError_t error) {
+    return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+           error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInvalidPtx ||
+           error == cudaErrorJitCompilerNotFound || error == cudaErrorJitCompilationDisabled;
+}
+
+// After a launch on the current device. ops/_stem_ways.py knows these words.
 inline void check_launch(const char* operation) {
     const cudaError_t error = cudaGetLastError();
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    if (says_no_code(error)) {
         int device = 0, major = 0, minor = 0;
         cudaGetDevice(&device);
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
         STD_TORCH_CHECK(false, operation, ": this library holds no code for sm_", major, minor, ", the architecture of cuda:",
-                        device, "; rebuild it with a toolkit that knows it: pip install --no-build-isolation -e "
-                        "\".[bench]\" -c constraints.txt");
+                        device, " (", cudaGetErrorString(error), "); rebuild it with a toolkit that knows it: "
+                        "pip install --no-build-isolation -e \".[bench]\" -c constraints.txt");
     }
     STD_TORCH_CHECK(error == cudaSuccess, operation, ": ", cudaGetErrorString(error));
 }

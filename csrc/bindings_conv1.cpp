@@ -45,11 +45,11 @@ Prepared prepare(const Tensor& x, const Tensor& weight, const std::optional<Tens
     p.channels = static_cast<int>(weight.size(0));
     p.relu = relu;
     p.warpgroups = warpgroups();
-    const Tensor dense = torch::stable::contiguous(weight);
+    const Tensor taps = conv1_taps(weight, p.weight_strides);
     const Tensor packed = torch::stable::new_empty(weight, {conv1_packed_bytes(p, type)}, ScalarType::Byte);
-    p.weight = dense.data_ptr(), p.packed = packed.data_ptr();
+    p.weight = taps.data_ptr(), p.packed = packed.data_ptr();
     p.bias = bias ? bias->data_ptr() : nullptr;
-    return {p, type, dense, packed};
+    return {p, type, taps, packed};
 }
 
 void run(const Prepared& prepared, const Tensor& x, const char* operation) {

@@ -68,4 +68,13 @@ inline void check_conv1_weight(const Tensor& weight, const Tensor& x) {
                     "weight must be [O, 3, 11, 11], got ", shape(weight));
 }
 
+// The kernels read both layouts; a weight in neither is copied.
+inline Tensor conv1_taps(const Tensor& weight, int (&strides)[4]) {
+    const Tensor taps = planes_outermost(weight) || channels_last(weight) ? weight : torch::stable::contiguous(weight);
+    for (int dim = 0; dim < 4; ++dim) {
+        strides[dim] = static_cast<int>(taps.stride(dim));
+    }
+    return taps;
+}
+
 }  // namespace bindings

@@ -48,17 +48,16 @@ std::tuple<Tensor, Tensor, Tensor> conv1_backward_cuda(const Tensor& grad, const
     }
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     p.multiprocessors = multiprocessors(x);
-    const char* refusal = conv1_backward_refusal(p);
+    const char* refusal = conv1_backward_refusal(p, type);
     STD_TORCH_CHECK(refusal == nullptr, "conv1_backward: ", refusal);
 
-    const Tensor nothing = torch::stable::new_empty(weight, {0});
-    Tensor dx = torch::stable::new_empty(x, {0}), dw = nothing, db = nothing;
+    Tensor dx = torch::stable::new_empty(x, {0});  // three tensors, wanted or not: results of an op share no memory
+    Tensor dw = torch::stable::new_empty(weight, {0}), db = torch::stable::new_empty(weight, {0});
     if (mask[0]) {
         dx = planes_outermost(x) ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)})
                                  : empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
     }
-    // One set of strides serves weight and dw: any layout but these two is copied, and dw is contiguous then.
-    const Tensor taps = planes_outermost(weight) || channels_last(weight) ? weight : torch::stable::contiguous(weight);
+    const Tensor taps = conv1_taps(weight, p.weight_strides);  // one set of strides serves weight and dw
     if (mask[1]) {
         dw = torch::stable::empty_like(taps);
     }
@@ -72,9 +71,6 @@ std::tuple<Tensor, Tensor, Tensor> conv1_backward_cuda(const Tensor& grad, const
     p.dx = mask[0] ? dx.data_ptr() : nullptr;
     p.dw = mask[1] ? dw.data_ptr() : nullptr;
     p.db = mask[2] ? db.data_ptr() : nullptr;
-    for (int dim = 0; dim < 4; ++dim) {
-        p.weight_strides[dim] = static_cast<int>(taps.stride(dim));
-    }
     const Tensor workspace = torch::stable::new_empty(weight, {conv1_backward_workspace(p, type)}, ScalarType::Byte);
     p.workspace = workspace.data_ptr();
     conv1_backward(p, type, current_stream(x));

@@ -29,6 +29,7 @@ struct Conv1Forward {
     void* y;             // [images, pooled_height, pooled_width, channels], or null: the convolution alone
     uint8_t* place;      // as y: the tap 3 * i + j of each maximum; or null
     int out_height, out_width, pooled_height, pooled_width;
+    int weight_strides[4];
     int channels, groups;        // groups: of the normalisation over 5 channels
     float lrn_scale, beta, k;
     bool relu, pool_first;

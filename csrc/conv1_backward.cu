@@ -285,7 +285,7 @@ template <class F> auto with_traits(ElementType type, int channels, F f) {
 
 }  // namespace
 
-const char* conv1_backward_refusal(const Conv1Backward& p) {
+const char* conv1_backward_refusal(const Conv1Backward& p, ElementType type) {
     if (p.channels != 48 && p.channels != 64 && p.channels != 96) {
         return "the channels are not 48, 64 or 96";
     }
@@ -298,7 +298,11 @@ const char* conv1_backward_refusal(const Conv1Backward& p) {
     // In an image, offsets, and those of the rows and columns around it that are asked about, are 32 bits wide.
     const int64_t height = int64_t{p.in.height} + p.in.pad_top + kStride * (p.out_height + kStride);
     const int64_t width = int64_t{p.in.width} + p.in.pad_left + kStride * (p.out_width + kThreads);
-    return height * width * kColors >= int64_t{1} << 31 ? "an image of 2^31 numbers or more, its padding counted" : nullptr;
+    if (height * width * kColors >= int64_t{1} << 31) {
+        return "an image of 2^31 numbers or more, its padding counted";
+    }
+    const int bytes = with_traits(type, p.channels, [](auto t) { return decltype(t)::kSharedBytes; });
+    return bytes > shared_memory_limit() ? "the device has too little shared memory for a block" : nullptr;
 }
 
 int64_t conv1_backward_workspace(const Conv1Backward& p, ElementType type) {

@@ -24,8 +24,8 @@ struct Conv1BackwardLaunch {
     int64_t issued, useful;  // multiply-adds
 };
 
-// Null if the kernels can do this, else one line that says why not.
-const char* conv1_backward_refusal(const Conv1Backward& problem);
+// Null if the kernels can do this on the current device, else one line that says why not.
+const char* conv1_backward_refusal(const Conv1Backward& problem, ElementType type);
 
 // Of dx, dw and db these look only at which are null.
 int64_t conv1_backward_workspace(const Conv1Backward& problem, ElementType type);

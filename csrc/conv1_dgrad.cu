@@ -28,6 +28,7 @@ constexpr int kGradBytes = kGradRows * kGradColumns * kPitch, kWeightBytes = kTa
 constexpr int kMaskBytes = kGradRows * kGradColumns * kSlice;
 constexpr int kSharedBytes = 2 * (kGradBytes + kWeightBytes) + kMaskBytes;
 static_assert(2 * (kSharedBytes + 1024) <= 227 << 10, "two blocks on an sm_90");
+static_assert(kSharedBytes <= 99 << 10, "a block on every GPU from sm_80 on: no refusal asks");
 
 // The blocks of an image.
 struct Blocks {

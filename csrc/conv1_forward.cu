@@ -306,6 +306,9 @@ const char* conv1_forward_refusal(const Conv1Forward& p, ElementType type) {
     if (p.channels != 48 && p.channels != 64 && p.channels != 96) {
         return "the weights are for 48, 64 or 96 channels, no other number";
     }
+    if (p.in.height < 1 || p.in.width < 1) {
+        return "an empty image";
+    }
     if (p.out_height < 1 || p.out_width < 1) {
         return "the padded image is smaller than the kernel of 11 x 11";
     }
@@ -337,8 +340,7 @@ void conv1_forward(const Conv1Forward& p, ElementType type, void* stream) {
         using T = decltype(traits);
         const Tiling tiling = lay_out<T>(p);
         const unsigned words = T::Order::kDepth * T::kChannels / T::E::kPerWord;
-        launch(pack<T::kType, typename T::Order>, dim3((words + 255) / 256), dim3(256), 0, stream, p.weight,
-               static_cast<uint32_t*>(p.packed), p.channels);
+        launch(pack<T::kType, typename T::Order>, dim3((words + 255) / 256), dim3(256), 0, stream, p);
         const int64_t blocks = p.in.images * tiling.tiles * tiling.walks;
         launch(forward<T>, dim3(static_cast<unsigned>(blocks)), dim3(T::kThreads), T::kSharedBytes, stream, p, tiling);
     });

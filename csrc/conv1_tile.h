@@ -245,8 +245,8 @@ template <class T> DEVICE void prefetch_strip(const Conv1Images& in, int64_t ima
     for (int i = threadIdx.x; i < kRows * planes * chunks; i += T::kThreads) {
         const int y = top + kStripRows + i / chunks / planes;
         if (y >= 0 && y < in.height) {
-            const int at = y * in.row_stride + first * in.column_stride;
-            prefetch(x + (at + i / chunks % planes * in.plane_stride) * bytes + i % chunks * kCacheLine);
+            const int at = y * in.row_stride + first * in.column_stride + i / chunks % planes * in.plane_stride;
+            prefetch(x + int64_t{at} * bytes + i % chunks * kCacheLine);
         }
     }
 }
@@ -317,22 +317,23 @@ DEVICE void multiply_tile(float (&sums)[2][T::kTiles][4], const uint8_t* strip, 
 
 // The weights in the order in which the product wants them.
 template <ElementType kType, class Order>
-__global__ void __launch_bounds__(256) pack(const void* weight, uint32_t* packed, int channels) {
+__global__ void __launch_bounds__(256) pack(Conv1Forward p) {
     using E = Element<kType>;
     const int i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= channels * Order::kDepth / E::kPerWord) {
+    if (i >= p.channels * Order::kDepth / E::kPerWord) {
         return;
     }
-    const TapWord tap = Order::tap_word(i, channels);
+    const TapWord tap = Order::tap_word(i, p.channels);
     uint32_t word = 0;
 #pragma unroll
     for (int j = 0; j < E::kPerWord; ++j) {
         if (tap.row < kTapRows && tap.column + j < kKernel) {
-            const int row = tap.row / kPlanes, plane = tap.row % kPlanes;
-            const int at = ((tap.channel * kPlanes + plane) * kKernel + row) * kKernel + tap.column + j;
-            word |= E::kPerWord == 1 ? float_to_tf32(static_cast<const float*>(weight)[at])
-                                     : static_cast<uint32_t>(static_cast<const uint16_t*>(weight)[at]) << 16 * j;
+            const int* strides = p.weight_strides;
+            const int at = tap.channel * strides[0] + tap.row % kPlanes * strides[1] + tap.row / kPlanes * strides[2] +
+                           (tap.column + j) * strides[3];
+            word |= E::kPerWord == 1 ? float_to_tf32(static_cast<const float*>(p.weight)[at])
+                                     : static_cast<uint32_t>(static_cast<const uint16_t*>(p.weight)[at]) << 16 * j;
         }
     }
-    packed[i] = word;
+    static_cast<uint32_t*>(p.packed)[i] = word;
 }

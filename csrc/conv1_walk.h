@@ -43,7 +43,8 @@ template <class T> Tiling lay_out(const Conv1Forward& p) {
     tiling.steps = T::kStem ? p.out_height / 2 : (p.out_height + 1) / 2;
     tiling.tiles = (units + most - 1) / most;
     tiling.tile_units = (units + tiling.tiles - 1) / tiling.tiles;
-    const int64_t columns = p.in.images * tiling.tiles, wanted = (kEnoughBlocks + columns - 1) / columns;
+    const int64_t columns = std::max<int64_t>(1, p.in.images * tiling.tiles);
+    const int64_t wanted = (kEnoughBlocks + columns - 1) / columns;
     const int possible = tiling.steps < kFewestSteps ? 1 : tiling.steps / kFewestSteps;
     tiling.walks = static_cast<int>(wanted < possible ? wanted : possible);
     tiling.walk_steps = (tiling.steps + tiling.walks - 1) / tiling.walks;

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import stand_in
@@ -568,12 +569,26 @@ def test_strict_fp32_is_torchs_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran(lambda: F.conv1(x, w, b)) == {"cuda"}
 
 
+# Words of csrc/ that tell these two from all other errors.
+NO_CODE = "this library holds no code for sm_"
+LITTLE_MEMORY = "the device has too little shared memory for a block"
+
+
+@pytest.mark.parametrize(
+    ("words", "files"),
+    [(NO_CODE, ["bindings.h"]), (LITTLE_MEMORY, ["conv1_forward.cu", "conv1_backward.cu"])],
+)
+def test_the_kernels_say_it_in_these_words(words: str, files: list[str]) -> None:
+    for file in files:
+        assert words in (Path(__file__).parents[1] / "csrc" / file).read_text()
+
+
 def test_a_library_for_another_arch_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> Tensor:
-        raise RuntimeError("conv1: no kernel image is available for execution on the device")
+        raise RuntimeError(f"check_launch, csrc/bindings.h:87, conv1: {NO_CODE}120, the architecture of cuda:0")
 
     def shrinks(*_: object) -> Tensor:
-        raise RuntimeError("conv1: the device has too little shared memory for a block\nException raised from ...")
+        raise RuntimeError(f"check, csrc/bindings_conv1.cpp:52, conv1: {LITTLE_MEMORY}\nException raised from ...")
 
     def breaks(*_: object) -> Tensor:
         raise RuntimeError("an illegal memory access was encountered")
@@ -592,7 +607,7 @@ def test_a_library_for_another_arch_is_named_with_the_remedy(monkeypatch: pytest
     reason = library(fails)
     assert reason == f"the compiled library was built for another arch than sm_120 (cuda:0); {_extension.REBUILD}"
     assert library(lambda *_: torch.zeros(1)) is None
-    assert library(shrinks) == "conv1: the device has too little shared memory for a block"
+    assert library(shrinks) == f"conv1: {LITTLE_MEMORY}"
     with pytest.raises(RuntimeError, match="illegal memory access"):
         library(breaks)
     assert "has no stem; pip install" in _stem_ways._library_why_not("stem", 0, torch.float16, 48)

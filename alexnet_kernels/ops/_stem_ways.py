@@ -43,7 +43,8 @@ def _library_why_not(op: str, index: int, dtype: torch.dtype, channels: int) -> 
         _compiled(op)(*_smallest(op, torch.device(_DEVICE, index), dtype, channels))
     except RuntimeError as error:
         message = str(error).splitlines()[0]
-        if "no kernel image" in message:
+        message = message[max(message.find(f"{op}: "), 0) :]  # before that, the check's place in the source
+        if "holds no code for" in message:
             major, minor = torch.cuda.get_device_capability(index)
             arch = f"sm_{major}{minor} (cuda:{index})"
             return f"the compiled library was built for another arch than {arch}; {_extension.REBUILD}"

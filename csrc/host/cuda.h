@@ -30,6 +30,9 @@ constexpr uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 template <class... Formal, class... Actual>
 void launch(void (*kernel)(Formal...), dim3 grid, dim3 block, size_t shared, void*, Actual... arguments) {
+    if (shared > static_cast<size_t>(host::shared_limit)) {
+        throw std::runtime_error("a launch asks for more shared memory than the device has for a block");
+    }
     host::launch(grid, block, shared, [=] { kernel(arguments...); });
 }
 

@@ -93,6 +93,19 @@ def test_a_failed_build_breaks_nothing_unless_asked_for(build, broken_compiler: 
     assert "ALEXNET_KERNELS_BUILD=on" in done.stderr and "error: the planted one" in done.stderr
 
 
+def test_a_toolkit_of_another_major_version_builds_no_cuda(build, tmp_path: Path) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA")
+    major = torch.version.cuda.partition(".")[0]
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/cuda'\necho 'Cuda compilation tools, release 5{major}.1, V'\n")
+    nvcc.chmod(0o755)
+    done, package = build(CXX="no-such-compiler", CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 0, done.stderr
+    assert f"nvcc is of CUDA 5{major}, torch of CUDA {major}; set CUDA_HOME" in (package / "_cuda.txt").read_text()
+
+
 def test_an_unknown_mode_is_an_error(build) -> None:
     done, _ = build(ALEXNET_KERNELS_BUILD="yes")
     assert done.returncode != 0

@@ -11,10 +11,12 @@
 #include "conv1_backward.h"
 #include "device.h"
 
-// Runs one problem, its workspace allocated here and filled with NaN; the message of what went wrong, or null.
-extern "C" const char* run_conv1_backward(Conv1Backward problem, int type, int order) {
+// Runs one problem on a device with so many bytes of shared memory a block, its workspace allocated here and filled with NaN;
+// the message of what went wrong, or null.
+extern "C" const char* run_conv1_backward(Conv1Backward problem, int type, int order, int shared_limit) {
     static std::string message;
-    if (const char* refusal = conv1_backward_refusal(problem)) {
+    host::shared_limit = shared_limit;
+    if (const char* refusal = conv1_backward_refusal(problem, static_cast<ElementType>(type))) {
         return refusal;
     }
     std::vector<float> workspace((conv1_backward_workspace(problem, static_cast<ElementType>(type)) + 3) / 4, NAN);
@@ -81,7 +83,7 @@ int check(ElementType type, Conv1Source source, const Shape& s, int channels, bo
         for (std::vector<uint8_t>* gradient : {&dx, &dw, &db}) {
             std::fill(gradient->begin(), gradient->end(), host::kPoison);
         }
-        if (const char* message = run_conv1_backward(p, static_cast<int>(type), order)) {
+        if (const char* message = run_conv1_backward(p, static_cast<int>(type), order, 163 << 10)) {
             std::fprintf(stderr, "%s\n", message);
             return 1;
         }

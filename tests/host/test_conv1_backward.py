@@ -20,6 +20,7 @@ from alexnet_kernels import _extension
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of ElementType
 SOURCES = [*DTYPES, torch.uint8]  # and of Conv1Source
+MIDDLE, SMALL = (163 << 10, 99 << 10)  # shared memory of a block: sm_80, sm_86
 MEAN, SCALE = torch.tensor([110.25, 3.0, -20.5]), torch.tensor([0.0625, 0.75, 0.03])
 
 
@@ -68,6 +69,7 @@ class Case:
     normalised: bool = False
     multiprocessors: int = 3
     order: int = 0
+    shared: int = MIDDLE
 
 
 @dataclass
@@ -89,7 +91,7 @@ def host(conv1_backward: Path) -> ctypes.CDLL:
 def loaded(library: Path) -> ctypes.CDLL:
     host = ctypes.CDLL(str(library))
     host.run_conv1_backward.restype = ctypes.c_char_p
-    host.run_conv1_backward.argtypes = [Problem, ctypes.c_int, ctypes.c_int]
+    host.run_conv1_backward.argtypes = [Problem, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     host.describe_conv1_backward.restype = Launch
     host.describe_conv1_backward.argtypes = [Problem, ctypes.c_int]
     return host
@@ -204,7 +206,7 @@ def run(host: ctypes.CDLL, case: Case, data: Data, wanted: tuple[str, ...] = ("d
         wanted = tuple(name for name in wanted if name != "dx")
     results = {n: t.fill_(float("nan")) if n in wanted else torch.empty(0) for n, t in everything.items()}
     problem, kept = describe(case, data, results)
-    message = host.run_conv1_backward(problem, DTYPES.index(case.dtype), case.order)
+    message = host.run_conv1_backward(problem, DTYPES.index(case.dtype), case.order, case.shared)
     assert message is None, message
     assert kept
     return {name: results[name] for name in wanted}
@@ -330,7 +332,19 @@ def test_refusals(host: ctypes.CDLL) -> None:
         ),
     }
     for message, problem in refused.items():
-        assert host.run_conv1_backward(problem, 0, 0) == message
+        assert host.run_conv1_backward(problem, 0, 0, MIDDLE) == message
+
+
+def test_a_device_with_little_shared_memory(host: ctypes.CDLL) -> None:
+    """99 KiB, as of sm_86, sm_89 and sm_120: what does not fit is refused before the launch, the rest is launched."""
+    few = b"the device has too little shared memory for a block"
+    for dtype in DTYPES:
+        for channels in (48, 64, 96):
+            if dtype == torch.float32 and channels == 96:
+                problem = Problem(Images(images=1, height=11, width=15), channels=96, out_height=1, out_width=2)
+                assert host.run_conv1_backward(problem, DTYPES.index(dtype), 0, SMALL) == few
+            else:
+                check(host, Case((1, 11, 15), channels, dtype=dtype, shared=SMALL))
 
 
 @pytest.mark.parametrize("channels", [48, 64, 96])

@@ -45,6 +45,7 @@ class Problem(ctypes.Structure):
         ("images", Images),
         *((name, ctypes.c_void_p) for name in ("weight", "packed", "bias", "a", "y", "place")),
         *((name, ctypes.c_int) for name in ("out_height", "out_width", "pooled_height", "pooled_width")),
+        ("weight_strides", ctypes.c_int * 4),
         *((name, ctypes.c_int) for name in ("channels", "groups")),
         *((name, ctypes.c_float) for name in ("lrn_scale", "beta", "k")),
         *((name, ctypes.c_bool) for name in ("relu", "pool_first", "warpgroups")),
@@ -109,8 +110,9 @@ def draw(case: Case, seed: int = 0) -> Inputs:
         x = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     else:
         x = torch.randn(shape, generator=generator).to(case.source)
-    x = x.contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
     weight = (torch.randn(case.channels, 3, 11, 11, generator=generator) / 8).to(case.dtype)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
     bias = torch.randn(case.channels, generator=generator).to(case.dtype) if case.with_bias else None
     mean, scale = torch.randn(3, generator=generator) * 20 + 110, torch.rand(3, generator=generator) / 50 + 0.01
     return Inputs(x, weight, bias, mean if case.normalised else None, scale if case.normalised else None)
@@ -152,7 +154,8 @@ def problem(case: Case, inputs: Inputs, a: Tensor | None, y: Tensor | None, plac
     )
     return Problem(
         *(images, address(inputs.weight), None, *(address(t) for t in (inputs.bias, a, y, place))),
-        *(*out, *(pooled_shape(case, out) if case.stem else (0, 0)), case.channels, case.groups),
+        *(*out, *(pooled_shape(case, out) if case.stem else (0, 0))),
+        *((ctypes.c_int * 4)(*inputs.weight.stride()), case.channels, case.groups),
         *(LRN[1], case.beta, LRN[3], case.relu, case.pool_first, case.warpgroups),
     )
 
@@ -458,15 +461,23 @@ def test_shared_memory(host: ctypes.CDLL) -> None:
     assert sizes == [*[198_784, 219_984] * 2, 100_480, 111_504, 103_552, 114_576]  # as test_nvcc_conv1.py has them
 
 
+def test_a_batch_of_nothing_is_no_launch_and_no_crash(host: ctypes.CDLL) -> None:
+    """The bindings ask whether a call is refused before they look at the number of images."""
+    case = Case(images=0)
+    described = host.describe_conv1_forward(problem(case, draw(case), None, None, None), 2, LARGE)
+    assert described.blocks == 0 and described.products == 0
+
+
 def test_refusals(host: ctypes.CDLL) -> None:
     def refusal(case: Case, shared: int = LARGE, **changes: Any) -> bytes:
         inputs = draw(dataclasses.replace(case, channels=48, images=1))
         one = problem(case, inputs, None, inputs.x if case.stem else None, None)
         for name, value in changes.items():
-            setattr(one, name, value)
+            setattr(one if hasattr(one, name) else one.images, name, value)
         return bytes(host.run_conv1_forward(one, DTYPES.index(case.dtype), 0, shared))
 
     assert refusal(Case(channels=32)) == b"the weights are for 48, 64 or 96 channels, no other number"
+    assert refusal(Case(), height=0) == b"an empty image"
     assert refusal(Case(), out_height=0) == b"the padded image is smaller than the kernel of 11 x 11"
     assert refusal(Case(stem=True), pooled_height=0) == b"no window of the pool fits into the picture"
     assert refusal(Case(stem=True), pooled_height=3) == b"the pool has padding"
