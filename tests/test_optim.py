@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -392,6 +393,28 @@ def test_addresses_are_written_down_once_and_again_when_they_move(monkeypatch: p
         p.grad = torch.ones(5001)[1:]  # four bytes off: another kernel
         optimizer.step()
     assert made[-1] is not made[-2] and bool((p == -6).all())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter is on only where there is no GPU")
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    """``torch.set_default_device("cuda")`` would put them where no memory can be page-locked; "meta" is as far off."""
+    p = torch.zeros(5000, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = SGD([p], 1.0)
+    with ak.use_backend("triton"), torch.device("meta"):
+        optimizer.step()
+    assert bool((p == -1).all())
+
+
+@pytest.mark.parametrize("lr", [1, 2, np.float32(0.5)])
+def test_whatever_number_lr_is_the_kernel_takes_a_float(lr: Any) -> None:
+    """Triton would compile an lr of 1 in, and refuse a number of numpy's."""
+    from alexnet_kernels.kernels import optim as kernel
+
+    table, chunks = (torch.empty(1, n, dtype=torch.int64, device="meta") for n in (5, 2))
+    kinds = (torch.float32, torch.float32)
+    launch = kernel.plan(table, chunks, kinds, lr, 0.9, 0.0, False, False, None, True)
+    assert type(launch.args[2]) is float and launch.args[2] == lr
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

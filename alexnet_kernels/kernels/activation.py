@@ -264,7 +264,7 @@ def bias_relu(x: Tensor, bias: Tensor | None, relu: bool, *, inplace: bool = Fal
         raise ValueError(f"x with shape {tuple(x.shape)} and strides {x.stride()} is not dense; pass inplace=False")
     x = _dense(x)
     y = x if inplace else torch.empty_like(x)
-    run(plan_forward(x, bias, y, relu))
+    run(plan_forward(x, None if bias is None else bias.contiguous(), y, relu))
     return y
 
 

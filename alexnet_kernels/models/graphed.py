@@ -9,7 +9,8 @@ Depth first: layer after layer on a whole batch, each activation goes to memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Graphed:
             for _ in range(_WARM_UP):
                 _beside(example.device, self._compute)
             self._weights, self._graph = _Weights(model), torch.cuda.CUDAGraph()
-            with torch.cuda.device(example.device), torch.cuda.graph(self._graph):
+            with _capture(self._graph, example.device):
                 self._output = self._compute()
         else:
             self._output = self._compute()  # its errors come now, as they would from a capture
@@ -201,7 +202,7 @@ class GraphedStep:
     def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.device(self._inputs.device), torch.cuda.graph(graph):
+        with _capture(graph, self._inputs.device):
             output = self._step()
         return graph, output
 
@@ -269,6 +270,18 @@ def _beside(device: torch.device, function: Callable[[], Tensor]) -> Tensor:
         current.wait_stream(side)
         out.record_stream(current)
     return out
+
+
+@contextlib.contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Record what the block does on ``device``. Torch's own capture stream is made once in a process, on the device of the first
+    capture: for any other it would record nothing. Threads beside this one (a loader that pins memory) may go on meanwhile.
+    """
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 class _Weights:

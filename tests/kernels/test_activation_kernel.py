@@ -145,6 +145,13 @@ def test_any_strides() -> None:
         kernel.bias_relu(y[:, 3:9, 1:5], None, True, inplace=True)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_bias_with_gaps(last: bool) -> None:
+    x, bias = tensor((2, 16, 3, 5), last), torch.randn(32, device=DEVICE)[::2]
+    expected = kernel.bias_relu(x, bias.contiguous(), True)
+    assert torch.equal(kernel.bias_relu(x, bias, True), expected) and bool((expected > 0).any())
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (0, 16, 3, 5), (2, 16, 0, 5)], ids=name)
 def test_empty(shape: tuple[int, ...]) -> None:
     x = tensor(shape, False)
