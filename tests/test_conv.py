@@ -166,6 +166,15 @@ def test_opcheck(layouts) -> None:
 
 
 @pytest.mark.slow
+def test_a_map_of_one_pixel_that_grows() -> None:
+    """It is in both layouts; the result is in the weight's, as the shape function says."""
+    w = torch.randn(6, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    args = (torch.randn(3, 4, 1, 1), w, torch.randn(6), True, (1, 1), (2, 2), (1, 1), 2)
+    y = conv2d(*args)
+    assert y.shape[2:] == (3, 3) and y.stride() == conv._fake(*args).stride()
+    torch.testing.assert_close(y, torchs(*args))
+
+
 def test_opcheck_of_parts() -> None:
     x, w, b = problem(grad=False)
     y = conv2d(x, w, b, True, *ARGS)
