@@ -257,6 +257,12 @@ def test_when_a_step_is_captured(dtype: torch.dtype, log: list[str]) -> None:
     for net in (model, own):
         net[0].bias.data = net[0].bias.data.clone()
     assert run(2) == ["as it is", "capture", "replay"]
+    for optimizer in made:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert run(3) == ["as it is", "capture", "replay", "replay"]
+    for net in (model, own):
+        net[0].bias.requires_grad_(False)
+    assert run(2) == ["as it is", "capture", "replay"]
 
 
 def test_a_step_names_what_does_not_fit(device: torch.device) -> None:

@@ -447,6 +447,9 @@ def test_refused_later() -> None:
     optimizer = SGD([torch.ones(2, requires_grad=True)], 0.1)
     with pytest.raises(ValueError, match=r"dampening=0.5 has no kernel"):
         optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], "dampening": 0.5})
+    others = torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1, momentum=0.9, dampening=0.25)
+    with pytest.raises(ValueError, match=r"dampening=0.25 has no kernel"):
+        optimizer.load_state_dict(others.state_dict())
     table = torch.nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"shape \(4, 2\) is sparse; use torch.optim.SGD, or sparse=False"):

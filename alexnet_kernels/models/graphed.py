@@ -156,14 +156,18 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output = torch.zeros(())
         self._modules, self._weights = list(model.modules()), _Weights(model)
-        self._halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        self._parameters = list(model.parameters())
+        self._halves = [p for p in self._parameters if p.dtype in (torch.float16, torch.bfloat16)]
         self._left, self._held = _WARM_UP, self._numbers()
 
     def _numbers(self) -> list[Any]:
-        """What a capture freezes beside addresses: the optimiser's numbers and the mode of every module. And the versions of half
+        """What a capture freezes beside the weights' addresses: the optimiser's numbers and where its state lies (a checkpoint
+        that is loaded lies elsewhere), the mode of every module, and which parameters learn. And the versions of half
         parameters: an optimiser that holds them in fp32 has to see what somebody else wrote into them."""
+        state = [t.data_ptr() for kept in self.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
         groups = [[v for v in group.values() if isinstance(v, int | float)] for group in self.optimizer.param_groups]
-        return [groups, [module.training for module in self._modules], [p._version for p in self._halves]]
+        modes = [module.training for module in self._modules]
+        return [groups, state, modes, [p.requires_grad for p in self._parameters], [p._version for p in self._halves]]
 
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)  # so that a graph writes its gradients anew instead of adding
@@ -224,8 +228,9 @@ def graphed_step(
 
     Every call is one step. The first three run as they are, for they compile, choose and allocate what a graph must find; the
     fourth is captured, and replayed from then on. Where a number of the optimiser changes (a scheduler's ``lr``), a module's
-    mode, or where a weight lies, one call runs as it is and the next is captured anew; an ``lr`` that is a tensor on the device
-    changes without that. Dropout draws new masks at each replay. On a CPU every call runs as it is.
+    mode, whether a parameter learns, or where a weight or the optimiser's state lies, one call runs as it is and the next is
+    captured anew; an ``lr`` that is a tensor on the device changes without that. Dropout draws new masks at each replay. On a
+    CPU every call runs as it is.
 
     Args:
         model, loss, optimizer: as in a training loop of one's own. The optimiser must keep its state on the device, as
