@@ -469,6 +469,16 @@ def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:
     assert (layout(dx), layout(dw)) == (torch.channels_last, torch.contiguous_format)
 
 
+def test_an_image_that_31_bits_do_not_count_is_torchs() -> None:
+    """2^31 elements are one too many: a descriptor's sizes are signed."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        few, many = (torch.empty(2, 2**15, 2**8, 2**8 - less, device="cuda") for less in (1, 0))
+    assert "31 bits" not in str(_conv_ways._triton_cannot(few))
+    assert _conv_ways._triton_cannot(many) == f"an image has {2**31} elements: kernels count them by 31 bits"
+
+
 def test_meta_tensors() -> None:
     x, w, b = (t.detach().to("meta").requires_grad_() for t in problem(torch.float32))
     y = conv2d(x, w, b, True, *ARGS)

@@ -67,7 +67,7 @@ def inspect(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [TOOLS / "cuobjdump", what, file.name]
+        command = [str(TOOLS / "cuobjdump"), what, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
