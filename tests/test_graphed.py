@@ -90,6 +90,19 @@ def test_autocast_is_as_it_was(device: torch.device) -> None:
         assert plain(x).dtype == torch.float32
 
 
+def test_made_in_inference_mode_and_called_outside(device: torch.device) -> None:
+    """And the other way round: what a call is copied into belongs to neither."""
+    model = network(device)
+    with torch.inference_mode():
+        x = images(device)
+        fast = models.graphed(model, x)
+        inside = fast(2 * x)
+    outside = fast(torch.ones_like(x) * x * 2)
+    assert torch.equal(inside, outside)
+    with torch.inference_mode():
+        assert torch.equal(fast(2 * x), outside)
+
+
 def test_printed() -> None:
     model, x = network(torch.device("cpu")), images(torch.device("cpu"))
     assert repr(models.graphed(model, x, 4)) == (

@@ -56,7 +56,8 @@ class Graphed:
                 f"micro_batch={micro_batch} must be at least 1 (images at a time), or None for what fits in cache"
             )
         self.model, self._autocast = model, _Autocast(example.device)
-        self._input = example.detach().clone()
+        with torch.inference_mode(False):  # a tensor made in that mode could be written to in it alone
+            self._input = example.detach().clone()
         with self._autocast.on():
             self.micro_batch = min(len(example), micro_batch or images_in_cache(model, example))
         self._graph: torch.cuda.CUDAGraph | None = None
