@@ -406,6 +406,23 @@ def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
     assert bool((p == -1).all())
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter is on only where there is no GPU")
+def test_a_tensor_subclass_is_torchs_to_update() -> None:
+    """It answers for its elements by functions; where it says that they are, there may be nothing."""
+
+    class Elsewhere(Tensor):
+        pass
+
+    p = torch.zeros(3).as_subclass(Elsewhere).requires_grad_()
+    p.grad = torch.ones(3).as_subclass(Elsewhere)
+    optimizer = SGD([p], 1.0)
+    with dispatch.recording() as used:
+        optimizer.step()
+    assert used == {"reference"} and p.tolist() == [-1, -1, -1]
+    with ak.use_backend("triton"), pytest.raises(RuntimeError, match="cannot run sgd: a tensor subclass"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("lr", [1, 2, np.float32(0.5)])
 def test_whatever_number_lr_is_the_kernel_takes_a_float(lr: Any) -> None:
     """Triton would compile an lr of 1 in, and refuse a number of numpy's."""
