@@ -11,9 +11,12 @@ import contextlib
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,6 +215,19 @@ def _triton_missing() -> str | None:
 
 
 @functools.cache
+def _unbuildable() -> str | None:
+    """Why Triton cannot launch what it compiled: for each signature it builds a small module, in C, with Python's headers."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton launches kernels through a C compiler, and there is none; install gcc, or name one in CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton reads it
+    include = sysconfig.get_paths(scheme)["include"]
+    elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    if not elsewhere and not Path(include, "Python.h").exists():
+        return f"Triton launches kernels through Python's headers, and {include} has none; install python3-dev"
+    return None
+
+
+@functools.cache
 def old_gpu(index: int) -> str | None:
     """Why no kernel runs on this GPU: it is of an older kind than all of them are written for, or not there at all."""
     if not torch.cuda.is_available():  # a fake tensor says that it is on one
@@ -225,7 +241,8 @@ def triton_why_not(x: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> str | No
     if x.dtype not in dtypes:
         return f"no kernel for {x.dtype}"
     if x.is_cuda:
-        return _triton_missing() or ("no kernel for ROCm" if torch.version.hip else old_gpu(x.device.index))
+        old = "no kernel for ROCm" if torch.version.hip else old_gpu(x.device.index)
+        return _triton_missing() or old or _unbuildable()
     if not x.is_cpu:
         return f"no kernel for device {x.device.type!r}"
     if requested() != "triton":  # first, because it is quick: reading the environment costs a microsecond on every call

@@ -74,11 +74,7 @@ class SGD(torch.optim.SGD):
         self._tables: dict[int, dict[Any, Any]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        dampening = param_group.get("dampening", self.defaults["dampening"])
-        if dampening:
-            raise ValueError(
-                f"dampening={dampening} has no kernel; use 0, or torch.optim.SGD, which has the same arguments"
-            )
+        _require_no_dampening(param_group.get("dampening", self.defaults["dampening"]))
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -135,7 +131,12 @@ class SGD(torch.optim.SGD):
         """As in torch, but what is held in fp32 for half parameters stays so: torch would round it to their dtype.
 
         Tensors are copied. The ``state_dict`` of ``torch.optim.SGD`` fits; a master it lacks is made of the parameter.
+
+        Raises:
+            ValueError: a group with ``dampening`` other than 0, or whatever torch refuses.
         """
+        for group in state_dict["param_groups"]:
+            _require_no_dampening(group.get("dampening", 0))
         super().load_state_dict(state_dict)
         self._forget()
         names = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -146,3 +147,10 @@ class SGD(torch.optim.SGD):
                     self.state[p][key] = torch.empty_like(p, dtype=work, requires_grad=False).copy_(value)
             if p.dtype not in _HALF and p in self.state:
                 self.state[p].pop("master", None)
+
+
+def _require_no_dampening(dampening: float) -> None:
+    if dampening:
+        raise ValueError(
+            f"dampening={dampening} has no kernel; use 0, or torch.optim.SGD, which has the same arguments"
+        )

@@ -166,6 +166,15 @@ def test_opcheck(layouts) -> None:
 
 
 @pytest.mark.slow
+def test_a_map_of_one_pixel_that_grows() -> None:
+    """It is in both layouts; the result is in the weight's, as the shape function says."""
+    w = torch.randn(6, 2, 3, 3).contiguous(memory_format=torch.channels_last)
+    args = (torch.randn(3, 4, 1, 1), w, torch.randn(6), True, (1, 1), (2, 2), (1, 1), 2)
+    y = conv2d(*args)
+    assert y.shape[2:] == (3, 3) and y.stride() == conv._fake(*args).stride()
+    torch.testing.assert_close(y, torchs(*args))
+
+
 def test_opcheck_of_parts() -> None:
     x, w, b = problem(grad=False)
     y = conv2d(x, w, b, True, *ARGS)
@@ -458,6 +467,16 @@ def test_fake_tensors_of_a_gpu_that_is_not_there() -> None:
     assert y.shape == F.conv2d_relu(torch.empty(3, 4, 6, 7), torch.empty(6, 2, 3, 2), None, *ARGS).shape
     assert (dx.shape, dw.shape, db.shape) == (x.shape, w.shape, (0,))
     assert (layout(dx), layout(dw)) == (torch.channels_last, torch.contiguous_format)
+
+
+def test_an_image_that_31_bits_do_not_count_is_torchs() -> None:
+    """2^31 elements are one too many: a descriptor's sizes are signed."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        few, many = (torch.empty(2, 2**15, 2**8, 2**8 - less, device="cuda") for less in (1, 0))
+    assert "31 bits" not in str(_conv_ways._triton_cannot(few))
+    assert _conv_ways._triton_cannot(many) == f"an image has {2**31} elements: kernels count them by 31 bits"
 
 
 def test_meta_tensors() -> None:

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import alexnet_kernels as ak
 from alexnet_kernels import _extension, dispatch
@@ -145,6 +146,30 @@ def test_threads_and_tasks_have_their_own() -> None:
         return await asyncio.gather(task("triton"), task("reference"))
 
     assert asyncio.run(both()) == ["triton", "reference"]
+
+
+def test_triton_without_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image made to run and not to build has none: then torch's own operations run, and the reason says what is missing."""
+    why = dispatch._unbuildable.__wrapped__
+    monkeypatch.setattr(dispatch.shutil, "which", {"gcc": "/usr/bin/gcc"}.get)
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dispatch.Path, "exists", lambda path: path.name == "Python.h")
+    assert why() is None
+    monkeypatch.setattr(dispatch.Path, "exists", lambda path: False)
+    assert why().endswith("has none; install python3-dev")
+    monkeypatch.setenv("CPATH", "/opt/include")
+    assert why() is None
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: None)
+    assert why().endswith("install gcc, or name one in CC")
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert why() is None
+
+    monkeypatch.setattr(dispatch, "_unbuildable", lambda: "there is no C compiler")
+    monkeypatch.setattr(dispatch, "old_gpu", lambda index: None)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 4, 4, device="cuda")
+        assert dispatch.triton_why_not(x, (torch.float32,)) == "there is no C compiler"
 
 
 def test_unknown_backend() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import threading
 from typing import Any
 
 import pytest
@@ -86,6 +88,19 @@ def test_autocast_is_as_it_was(device: torch.device) -> None:
     plain = models.graphed(model, x)
     with torch.autocast(device.type, torch.bfloat16):
         assert plain(x).dtype == torch.float32
+
+
+def test_made_in_inference_mode_and_called_outside(device: torch.device) -> None:
+    """And the other way round: what a call is copied into belongs to neither."""
+    model = network(device)
+    with torch.inference_mode():
+        x = images(device)
+        fast = models.graphed(model, x)
+        inside = fast(2 * x)
+    outside = fast(torch.ones_like(x) * x * 2)
+    assert torch.equal(inside, outside)
+    with torch.inference_mode():
+        assert torch.equal(fast(2 * x), outside)
 
 
 def test_printed() -> None:
@@ -255,6 +270,12 @@ def test_when_a_step_is_captured(dtype: torch.dtype, log: list[str]) -> None:
     for net in (model, own):
         net[0].bias.data = net[0].bias.data.clone()
     assert run(2) == ["as it is", "capture", "replay"]
+    for optimizer in made:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert run(3) == ["as it is", "capture", "replay", "replay"]
+    for net in (model, own):
+        net[0].bias.requires_grad_(False)
+    assert run(2) == ["as it is", "capture", "replay"]
 
 
 def test_a_step_names_what_does_not_fit(device: torch.device) -> None:
@@ -267,6 +288,23 @@ def test_a_step_names_what_does_not_fit(device: torch.device) -> None:
         step(x.double(), target)
     with pytest.raises(TypeError, match=r"example\[1\] must be a torch.Tensor, got int"):
         models.graphed_step(model, TF.cross_entropy, sgd, (x, 3))  # type: ignore[arg-type]
+
+
+def test_a_capture_is_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own capture stream belongs to the device of a process's first capture; a pinning loader must not end a capture."""
+    seen: list[Any] = []
+
+    def graph(graph: str, *, stream: Any, capture_error_mode: str) -> Any:
+        seen.append((graph, stream, capture_error_mode))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream on {device}")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext())
+    second = torch.device("cuda", 1)
+    with module._capture("a graph", second):
+        pass
+    assert seen == [second, ("a graph", "a stream on cuda:1", "thread_local")]
 
 
 # ------------------------------------------------------------------------------------------------------------ real graphs
@@ -308,3 +346,32 @@ def test_an_optimiser_that_counts_on_the_cpu() -> None:
     layer = torch.nn.Linear(4, 2).cuda()
     with pytest.raises(ValueError, match="optimizer=Adam counts its steps outside the device; make it with capturable"):
         models.graphed_step(layer, TF.cross_entropy, torch.optim.Adam(layer.parameters()), (X.cuda(), X[:, 0].cuda()))
+
+
+@pytest.mark.two_gpu
+def test_one_graph_on_each_device() -> None:
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        model, x = network(device), images(device)
+        fast = models.graphed(model, torch.zeros_like(x))
+        close(fast(x), model(x))
+        close(fast(2 * x), model(2 * x))
+
+
+@pytest.mark.gpu
+def test_a_loader_may_pin_memory_during_a_capture() -> None:
+    """In another thread, as ``DataLoader(pin_memory=True)`` does."""
+    device = torch.device("cuda")
+    model, x = network(device), images(device)
+    pinned: list[Tensor] = []
+
+    def pin(*_: object) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=lambda: pinned.append(torch.empty(1 << 22).pin_memory()))
+            thread.start()
+            thread.join()
+
+    model[0].register_forward_hook(pin)
+    fast = models.graphed(model, torch.zeros_like(x))
+    assert len(pinned) == 1
+    close(fast(x), model(x))

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -394,6 +395,45 @@ def test_addresses_are_written_down_once_and_again_when_they_move(monkeypatch: p
     assert made[-1] is not made[-2] and bool((p == -6).all())
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter is on only where there is no GPU")
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    """``torch.set_default_device("cuda")`` would put them where no memory can be page-locked; "meta" is as far off."""
+    p = torch.zeros(5000, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = SGD([p], 1.0)
+    with ak.use_backend("triton"), torch.device("meta"):
+        optimizer.step()
+    assert bool((p == -1).all())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter is on only where there is no GPU")
+def test_a_tensor_subclass_is_torchs_to_update() -> None:
+    """It answers for its elements by functions; where it says that they are, there may be nothing."""
+
+    class Elsewhere(Tensor):
+        pass
+
+    p = torch.zeros(3).as_subclass(Elsewhere).requires_grad_()
+    p.grad = torch.ones(3).as_subclass(Elsewhere)
+    optimizer = SGD([p], 1.0)
+    with dispatch.recording() as used:
+        optimizer.step()
+    assert used == {"reference"} and p.tolist() == [-1, -1, -1]
+    with ak.use_backend("triton"), pytest.raises(RuntimeError, match="cannot run sgd: a tensor subclass"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("lr", [1, 2, np.float32(0.5)])
+def test_whatever_number_lr_is_the_kernel_takes_a_float(lr: Any) -> None:
+    """Triton would compile an lr of 1 in, and refuse a number of numpy's."""
+    from alexnet_kernels.kernels import optim as kernel
+
+    table, chunks = (torch.empty(1, n, dtype=torch.int64, device="meta") for n in (5, 2))
+    kinds = (torch.float32, torch.float32)
+    launch = kernel.plan(table, chunks, kinds, lr, 0.9, 0.0, False, False, None, True)
+    assert type(launch.args[2]) is float and launch.args[2] == lr
+
+
 # ---------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -424,6 +464,9 @@ def test_refused_later() -> None:
     optimizer = SGD([torch.ones(2, requires_grad=True)], 0.1)
     with pytest.raises(ValueError, match=r"dampening=0.5 has no kernel"):
         optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)], "dampening": 0.5})
+    others = torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1, momentum=0.9, dampening=0.25)
+    with pytest.raises(ValueError, match=r"dampening=0.25 has no kernel"):
+        optimizer.load_state_dict(others.state_dict())
     table = torch.nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match=r"shape \(4, 2\) is sparse; use torch.optim.SGD, or sparse=False"):

@@ -155,6 +155,26 @@ def test_opcheck_of_the_gradients(order: bool, layout: torch.memory_format) -> N
     )
 
 
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bias_with_gaps(order: bool, layout: torch.memory_format, device: torch.device) -> None:
+    """The kernels read a bias element after element: a slice, or one of an expanded scalar, is copied before."""
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter is on only where there is no GPU")
+    x = torch.randn(2, 16, 7, 7, device=device).contiguous(memory_format=layout)
+    bias = torch.randn(32, device=device)[::2]
+    with ak.use_backend("triton"):
+        expected = fused.lrn_pool(x, bias.contiguous(), True, *NORM, WINDOW, False, order, True)
+        found = fused.lrn_pool(x, bias, True, *NORM, WINDOW, False, order, True)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        grads = []
+        for b in (bias.clone(), bias):
+            leaves = [x.clone().requires_grad_(), b.detach().requires_grad_()]
+            y = fused.apply(leaves[0] * 1, NORM, GEOMETRIES[0], order, True, leaves[1])
+            grads.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def composed(x: Tensor, bias: Tensor | None, order: bool, norm: tuple = NORM, pooling: tuple = GEOMETRIES[0]) -> Tensor:
     """ReLU, LRN and pooling of torch's own, grouped."""
     a = x if bias is None else (x + bias[:, None, None]).relu()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import alexnet_kernels as ak
 from alexnet_kernels import _extension, dispatch, nn, reference
@@ -618,6 +619,33 @@ def test_a_library_for_another_arch_is_named_with_the_remedy(monkeypatch: pytest
     monkeypatch.setattr(_extension, "why_not", lambda name: "the compiled library is not there: it was not built")
     assert "not there" in _stem_ways._library_why_not("conv1", 2, torch.float16, 48)
     _stem_ways._library_why_not.cache_clear()
+
+
+def test_the_library_is_tried_on_real_tensors_even_while_a_model_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[type] = []
+
+    def conv1(x: Tensor, *_: object) -> None:
+        assert float(x.sum()) == 0
+        seen.append(type(x))
+
+    monkeypatch.setattr(_extension, "why_not", lambda name: None)
+    monkeypatch.setattr(torch.ops, "alexnet_kernels_cuda", type("Operations", (), {"conv1": None}), raising=False)
+    monkeypatch.setattr(dispatch, "old_gpu", lambda index: None)
+    monkeypatch.setattr(_stem_ways, "_DEVICE", "cpu")
+    monkeypatch.setattr(_stem_ways, "_compiled", lambda op: conv1)
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            _stem_ways._library_why_not.cache_clear()
+            assert _stem_ways._library_why_not("conv1", 0, torch.float32, 48) is None
+            return x + 1
+
+    with FakeTensorMode():
+        Asks()(torch.ones(1))
+    program = torch.export.export(Asks(), (torch.ones(1),), strict=False)
+    _stem_ways._library_why_not.cache_clear()
+    assert set(seen) == {Tensor} and len(seen) >= 2
+    assert [node.op for node in program.graph.nodes].count("call_function") == 1
 
 
 @pytest.mark.parametrize("op", list(CONTRACT))

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, for x, y and z
@@ -26,6 +27,7 @@ GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, for x, y and z
 # for by ALEXNET_KERNELS_HANDLES=1 until a GPU has run them, and only taken with the Triton whose launcher they were written to.
 HANDLES = os.environ.get("ALEXNET_KERNELS_HANDLES") == "1" and triton.__version__.startswith("3.6.")
 _handles: dict[tuple[Any, ...], Any] = {}
+_stages: dict[tuple[Any, ...], int] = {}  # of the launches whose own did not fit into shared memory
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,40 @@ def run(launch: Launch) -> None:
         if key is not None and key in _handles:
             _run_handle(_handles[key], launch)
             return
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        compiled = launch.kernel[launch.grid](*launch.args, **launch.constants, **options)
+        compiled = _launched(launch)
         if key is not None:
             _handles[key] = compiled
+
+
+def _launched(launch: Launch) -> Any:
+    """Launch with as many steps in flight as fit: a block has 227 KB of shared memory on sm_90, 163 on sm_80, and 99 on sm_86,
+    sm_89 and sm_120. How many that are is found out once for a kind of launch.
+
+    Raises:
+        RuntimeError: one step alone does not fit.
+    """
+    stages = _stages.get(_kind(launch), launch.num_stages) if _stages else launch.num_stages
+    while True:
+        options = {"num_warps": launch.num_warps, "num_stages": stages}
+        try:
+            compiled = launch.kernel[launch.grid](*launch.args, **launch.constants, **options)
+        except OutOfResources as error:
+            if stages == 1:
+                what = f"{launch.name} asks for {error.required} of {error.name}, the GPU has {error.limit}"
+                raise RuntimeError(f"{what}; use backend 'auto' or 'reference'") from error
+            stages -= 1
+            continue
+        if stages < launch.num_stages:
+            _stages[_kind(launch)] = stages
+        return compiled
+
+
+def _kind(launch: Launch) -> tuple[Any, ...]:
+    """What shared memory depends on: the kernel, the types it works on, its constants, and what was asked for."""
+    bases = (value.base if isinstance(value, TensorDescriptor) else value for value in launch.args)
+    dtypes = tuple(base.dtype for base in bases if isinstance(base, Tensor))
+    options = launch.num_warps, launch.num_stages
+    return id(launch.kernel), launch.args[0].device, options, dtypes, tuple(launch.constants.items())
 
 
 def handle_key(launch: Launch) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -70,17 +71,17 @@ def _rows_forward(
 
 @triton.jit
 def _rows_backward(
-    g, y, dz, partial, rows, scale,
-    C: tl.constexpr, STEPS: tl.constexpr, SUMMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    g, y, dz, partial, rows, scale, steps,
+    C: tl.constexpr, SUMMED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``dz = scale · g`` where not ``y <= 0``; one program: STEPS tiles of ROWS x COLUMNS below each other in [rows, C].
+    """``dz = scale · g`` where not ``y <= 0``; one program: ``steps`` tiles of ROWS x COLUMNS below each other in [rows, C].
 
     SUMMED, it adds its tiles and then their rows, before ``dz`` is rounded, and leaves a row of ``partial``.
     """
     program = tl.program_id(0).to(tl.int64)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for s in tl.range(0, STEPS):
-        first = (program * STEPS + s) * ROWS
+    for s in tl.range(0, steps):  # no constant: each few images more would be another kernel to compile
+        first = (program * steps + s) * ROWS
         offset, ok, _ = _rows_tile(first, rows, C, ROWS, COLUMNS)
         first *= C
         d = tl.where(read(y + first + offset, ok) <= 0.0, 0.0, read(g + first + offset, ok) * scale)
@@ -216,19 +217,18 @@ def plan_backward(grad: Tensor, y: Tensor, dz: Tensor, scale: float, summed: boo
         steps = max(1, triton.cdiv(tiles * across, _PROGRAMS)) if summed else 1
         parts = triton.cdiv(tiles, steps)
         grid: tuple[int, ...] = (parts, across)
-        constants = {"C": channels, "STEPS": steps, "SUMMED": summed, "ROWS": height, "COLUMNS": width}
-        count, work = rows, steps * height * width
-        kernel = _rows_backward
+        constants = {"C": channels, "SUMMED": summed, "ROWS": height, "COLUMNS": width}
+        args: tuple[Any, ...] = (rows, scale, steps)
+        work, kernel = steps * height * width, _rows_backward
     else:
         config, pixels = _config("planes_backward", y), y.shape[2:].numel()
         height, width = _planes_blocks(pixels, config.block)
-        parts, count = y.shape[0], y.shape[0] * channels
-        grid = (triton.cdiv(count, height),)
+        parts, args = y.shape[0], (y.shape[0] * channels, scale)
+        grid = (triton.cdiv(args[0], height),)
         constants = {"PIXELS": pixels, "SUMMED": summed, "PLANES": height, "BLOCK": width}
-        work = height * pixels
-        kernel = _planes_backward
+        work, kernel = height * pixels, _planes_backward
     partial = torch.empty((parts if summed else 0, channels), dtype=torch.float32, device=y.device)
-    return Launch(kernel, grid, (grad, y, dz, partial, count, scale), constants, config.num_warps, work), partial
+    return Launch(kernel, grid, (grad, y, dz, partial, *args), constants, config.num_warps, work), partial
 
 
 def plan_sums(partial: Tensor, out: Tensor) -> Launch:
@@ -264,7 +264,7 @@ def bias_relu(x: Tensor, bias: Tensor | None, relu: bool, *, inplace: bool = Fal
         raise ValueError(f"x with shape {tuple(x.shape)} and strides {x.stride()} is not dense; pass inplace=False")
     x = _dense(x)
     y = x if inplace else torch.empty_like(x)
-    run(plan_forward(x, bias, y, relu))
+    run(plan_forward(x, None if bias is None else bias.contiguous(), y, relu))
     return y
 
 

@@ -127,10 +127,10 @@ class Table:
         sizes = tuple(t.numel() for t in columns[0])
         if sizes != self.sizes or self.chunks is None:
             rows = [(i, c) for i, size in enumerate(sizes) for c in range(triton.cdiv(size, block))]
-            self.chunks, self.spare = torch.tensor(rows, dtype=torch.int32).view(-1, 2).to(device), None
+            self.chunks, self.spare = torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, 2).to(device), None
         if sizes != self.sizes or addresses != self.addresses or self.there is None:
             self.here = self.spare if capturing and self.spare is not None else _page_locked(len(sizes), device)
-            self.here.copy_(torch.tensor([*addresses, *sizes]).view(_COLUMNS, -1).t())
+            self.here.copy_(torch.tensor([*addresses, *sizes], device="cpu").view(_COLUMNS, -1).t())
             self.there = self.here.to(device, non_blocking=True, copy=True)
             self.spare = None if capturing else _page_locked(len(sizes), device)
             self.addresses, self.sizes = addresses, sizes
@@ -148,7 +148,8 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _page_locked(count: int, device: torch.device) -> Tensor:
-    return torch.empty((count, _COLUMNS), dtype=torch.int64, pin_memory=device.type == "cuda")
+    """On the host, whatever ``torch.set_default_device`` says."""
+    return torch.empty((count, _COLUMNS), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 def plan(
@@ -170,7 +171,8 @@ def plan(
         "BLOCK": config.block,
     }
     grad_scale, found_inf = scaling or (table, table)
-    args = (table, chunks, lr, found_inf, grad_scale, float(momentum), float(decay))
+    rate = lr if isinstance(lr, Tensor) else float(lr)  # an integer would be compiled in: lr=1 as a constant
+    args = (table, chunks, rate, found_inf, grad_scale, float(momentum), float(decay))
     return Launch(_sgd, (chunks.shape[0],), args, constants, config.num_warps, config.block)
 
 

@@ -9,7 +9,8 @@ Depth first: layer after layer on a whole batch, each activation goes to memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Graphed:
                 f"micro_batch={micro_batch} must be at least 1 (images at a time), or None for what fits in cache"
             )
         self.model, self._autocast = model, _Autocast(example.device)
-        self._input = example.detach().clone()
+        with torch.inference_mode(False):  # a tensor made in that mode could be written to in it alone
+            self._input = example.detach().clone()
         with self._autocast.on():
             self.micro_batch = min(len(example), micro_batch or images_in_cache(model, example))
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -63,7 +65,7 @@ class Graphed:
             for _ in range(_WARM_UP):
                 _beside(example.device, self._compute)
             self._weights, self._graph = _Weights(model), torch.cuda.CUDAGraph()
-            with torch.cuda.device(example.device), torch.cuda.graph(self._graph):
+            with _capture(self._graph, example.device):
                 self._output = self._compute()
         else:
             self._output = self._compute()  # its errors come now, as they would from a capture
@@ -155,14 +157,18 @@ class GraphedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output = torch.zeros(())
         self._modules, self._weights = list(model.modules()), _Weights(model)
-        self._halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+        self._parameters = list(model.parameters())
+        self._halves = [p for p in self._parameters if p.dtype in (torch.float16, torch.bfloat16)]
         self._left, self._held = _WARM_UP, self._numbers()
 
     def _numbers(self) -> list[Any]:
-        """What a capture freezes beside addresses: the optimiser's numbers and the mode of every module. And the versions of half
+        """What a capture freezes beside the weights' addresses: the optimiser's numbers and where its state lies (a checkpoint
+        that is loaded lies elsewhere), the mode of every module, and which parameters learn. And the versions of half
         parameters: an optimiser that holds them in fp32 has to see what somebody else wrote into them."""
+        state = [t.data_ptr() for kept in self.optimizer.state.values() for t in kept.values() if isinstance(t, Tensor)]
         groups = [[v for v in group.values() if isinstance(v, int | float)] for group in self.optimizer.param_groups]
-        return [groups, [module.training for module in self._modules], [p._version for p in self._halves]]
+        modes = [module.training for module in self._modules]
+        return [groups, state, modes, [p.requires_grad for p in self._parameters], [p._version for p in self._halves]]
 
     def _step(self) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)  # so that a graph writes its gradients anew instead of adding
@@ -201,7 +207,7 @@ class GraphedStep:
     def _captured(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.device(self._inputs.device), torch.cuda.graph(graph):
+        with _capture(graph, self._inputs.device):
             output = self._step()
         return graph, output
 
@@ -223,8 +229,9 @@ def graphed_step(
 
     Every call is one step. The first three run as they are, for they compile, choose and allocate what a graph must find; the
     fourth is captured, and replayed from then on. Where a number of the optimiser changes (a scheduler's ``lr``), a module's
-    mode, or where a weight lies, one call runs as it is and the next is captured anew; an ``lr`` that is a tensor on the device
-    changes without that. Dropout draws new masks at each replay. On a CPU every call runs as it is.
+    mode, whether a parameter learns, or where a weight or the optimiser's state lies, one call runs as it is and the next is
+    captured anew; an ``lr`` that is a tensor on the device changes without that. Dropout draws new masks at each replay. On a
+    CPU every call runs as it is.
 
     Args:
         model, loss, optimizer: as in a training loop of one's own. The optimiser must keep its state on the device, as
@@ -269,6 +276,18 @@ def _beside(device: torch.device, function: Callable[[], Tensor]) -> Tensor:
         current.wait_stream(side)
         out.record_stream(current)
     return out
+
+
+@contextlib.contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Record what the block does on ``device``. Torch's own capture stream is made once in a process, on the device of the first
+    capture: for any other it would record nothing. Threads beside this one (a loader that pins memory) may go on meanwhile.
+    """
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 class _Weights:

@@ -79,7 +79,7 @@ def _slower(run: Pass, own: bool, x: Tensor, weight: Tensor, args: Arguments, ep
 
 
 def _triton_cannot(x: Tensor) -> str | None:
-    if x.numel() > 2**31 * x.shape[0]:
+    if x.numel() >= 2**31 * max(1, x.shape[0]):
         return f"an image has {x.numel() // x.shape[0]} elements: kernels count them by 31 bits"
     return triton_why_not(x)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, channels_last
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import _extension, dispatch, reference
 from . import pool
@@ -40,7 +41,8 @@ def _library_why_not(op: str, index: int, dtype: torch.dtype, channels: int) -> 
     if not hasattr(torch.ops.alexnet_kernels_cuda, op):
         return f"the compiled library is of another version and has no {op}; {_extension.REBUILD}"
     try:
-        _compiled(op)(*_smallest(op, torch.device(_DEVICE, index), dtype, channels))
+        with _disable_current_modes():  # an exporter's, whose tensors have no memory to launch over
+            _compiled(op)(*_smallest(op, torch.device(_DEVICE, index), dtype, channels))
     except RuntimeError as error:
         message = str(error).splitlines()[0]
         message = message[max(message.find(f"{op}: "), 0) :]  # before that, the check's place in the source

@@ -44,11 +44,12 @@ _WHY_NO_KERNEL = "no kernel can run it"
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
-    inputs = (dense(x, layout_for(x, weight)), dense(weight), bias, relu, *_as_pairs(args))
-    if x.numel() == 0:
-        with dispatch.use_backend("reference"):
-            return dispatch.run("conv2d", *inputs)
-    return dispatch.run("conv2d", *inputs)
+    layout = layout_for(x, weight)
+    inputs = (dense(x, layout), dense(weight), bias, relu, *_as_pairs(args))
+    with dispatch.use_backend("reference" if x.numel() == 0 else dispatch.requested()):
+        return dense(
+            dispatch.run("conv2d", *inputs), layout
+        )  # an x of one pixel is in both layouts, its result may not be
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, y: Tensor | None, *args: Any) -> Outputs:

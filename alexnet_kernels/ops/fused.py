@@ -48,10 +48,15 @@ class Arguments(NamedTuple):
         return (*self[:6], self.pool_first)
 
 
+def _together(bias: Tensor | None) -> Tensor | None:
+    """``bias`` as the kernels read it, element after element: itself, or a copy of a slice or an expanded one."""
+    return None if bias is None else bias.contiguous()
+
+
 def _forward(x: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Outputs:
     if x.numel() == 0:
         return _fake(x, bias, relu, *args)
-    return dispatch.run("lrn_pool", dense(x), bias, relu, *args)
+    return dispatch.run("lrn_pool", dense(x), _together(bias), relu, *args)
 
 
 def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, place: Tensor, *args: Any) -> Outputs:
@@ -59,7 +64,7 @@ def _backward(grad: Tensor, x: Tensor, bias: Tensor | None, place: Tensor, *args
     if x.numel() == 0:
         return torch.zeros_like(x), x.new_zeros(x.shape[1] if args[-1] else 0)
     layout = layout_of(x)
-    return dispatch.run("lrn_pool_backward", dense(grad, layout), x, bias, dense(place, layout), *args)
+    return dispatch.run("lrn_pool_backward", dense(grad, layout), x, _together(bias), dense(place, layout), *args)
 
 
 _NORM = "bool relu, int size, float scale, float beta, float k, int groups, int[] window"
@@ -213,6 +218,7 @@ def _on_kernel(
         return None
     with_place = wants_gradient(x, bias)
     arguments = Arguments(*norm, window, pooling[4], pool_first)
+    bias = _together(bias)
     if torch.compiler.is_compiling():
         placeholders = (
             None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
-from ._library import triton_why_not
+from ._library import _ORDINARY, triton_why_not
 
 
 class Settings(NamedTuple):
@@ -71,6 +71,8 @@ def _columns(members: list[Row]) -> tuple[list[Tensor], list[Tensor], list[Tenso
 
 
 def _triton_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any], key: Any) -> str | None:
+    if any(type(t) not in _ORDINARY for row in members for t in row):
+        return "a tensor subclass (a DTensor of FSDP, say), whose elements lie elsewhere"
     if not key[-1]:
         return "a parameter is neither contiguous nor channels_last"
     if any(not _is_dense(t) or not _same_order(t, row.weight) for row in members for t in row[2:]):

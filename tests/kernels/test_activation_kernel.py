@@ -12,6 +12,7 @@ from nowhere import addresses
 from torch import Tensor
 
 from alexnet_kernels.kernels import activation as kernel
+from alexnet_kernels.kernels._launch import handle_key
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -92,10 +93,21 @@ def test_several_tiles_to_a_program(shape: tuple[int, ...], last: bool, monkeypa
     monkeypatch.setattr(kernel, "CONFIGS", {n: kernel.Config(block=256) for n in kernel.CONFIGS})
     y, grad = tensor(shape, last).relu(), tensor(shape, last).mul(8).round()
     if kernel._in_rows(y):
-        assert kernel.plan_backward(grad, y, y, 1.0, True)[0].constants["STEPS"] > 1
+        assert kernel.plan_backward(grad, y, y, 1.0, True)[0].args[6] > 1
     dz, db = kernel.backward(grad, y, True)
     exact, exact_sum = masked(grad, y)
     assert torch.equal(dz.double(), exact) and torch.equal(db.double(), exact_sum)
+
+
+def test_a_few_images_more_are_no_other_kernel() -> None:
+    """What Triton compiles by is the same for every batch large enough to fill the programs."""
+    kinds = set()
+    for images in (65, 129, 257):
+        y = torch.empty((images, 96, 55, 55), dtype=torch.bfloat16, device="meta")
+        y = y.contiguous(memory_format=torch.channels_last)
+        launch, _ = kernel.plan_backward(y, y, y, 1.0, True)
+        kinds.add(handle_key(launch))
+    assert len(kinds) == 1
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with numpy, which warns of every NaN
@@ -143,6 +155,13 @@ def test_any_strides() -> None:
         assert torch.equal(kernel.bias_relu(view, None, True), view.relu())
     with pytest.raises(ValueError, match=r"x with shape \(2, 6, 4, 6\).*is not dense; pass inplace=False"):
         kernel.bias_relu(y[:, 3:9, 1:5], None, True, inplace=True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_bias_with_gaps(last: bool) -> None:
+    x, bias = tensor((2, 16, 3, 5), last), torch.randn(32, device=DEVICE)[::2]
+    expected = kernel.bias_relu(x, bias.contiguous(), True)
+    assert torch.equal(kernel.bias_relu(x, bias, True), expected) and bool((expected > 0).any())
 
 
 @pytest.mark.parametrize("shape", [(0, 16), (0, 16, 3, 5), (2, 16, 0, 5)], ids=name)

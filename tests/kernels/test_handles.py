@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from alexnet_kernels.kernels import _launch
 
@@ -100,6 +101,46 @@ def test_tritons_own_way_where_more_is_wanted(function: Function, monkeypatch: p
     monkeypatch.setattr(_launch, "HANDLES", False)  # not asked for, or another Triton
     _launch.run(launch(function, x))
     assert len(function.handles) == 4 and not any(handle.calls for handle in function.handles)
+
+
+class Small:
+    """A function on a GPU with room for ``room`` steps in flight."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.stages = room, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*_: Any, num_stages: int, **__: Any) -> None:
+            self.stages.append(num_stages)
+            if num_stages > self.room:
+                raise OutOfResources(num_stages * 40_000, 101_376, "shared memory")
+
+        return launch
+
+    @staticmethod
+    def fn() -> None:
+        """Its name is the kernel's."""
+
+
+def test_fewer_steps_in_flight_where_shared_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out once for a kind of launch; another dtype is another kind."""
+    monkeypatch.setattr(_launch, "_stages", {})
+    function, x = Small(2), torch.zeros(4)
+    launch = _launch.Launch(function, (1,), (x, 4), {"BLOCK": (64, 64)}, 4, 1, 4)
+    _launch.run(launch)
+    _launch.run(launch)
+    assert function.stages == [4, 3, 2, 2]
+    _launch.run(_launch.Launch(function, (1,), (x.half(), 4), {"BLOCK": (64, 64)}, 4, 1, 3))
+    assert function.stages[4:] == [3, 2]
+
+
+def test_a_step_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "_stages", {})
+    launch = _launch.Launch(Small(0), (1,), (torch.zeros(4),), {}, 4, 1, 2)
+    message = "fn asks for 40000 of shared memory, the GPU has 101376; use backend 'auto'"
+    with pytest.raises(RuntimeError, match=message):
+        _launch.run(launch)
+    assert _launch._stages == {}
 
 
 @pytest.mark.gpu
