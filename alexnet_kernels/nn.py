@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from ._fusion import ORDINARY_TENSORS, Known, Run, RunsAsOne
+from ._fusion import ORDINARY_TENSORS, Known, Run, RunsAsOne, why_nowhere
 
 Channels = Literal["RGB", "BGR"]
 
@@ -585,3 +585,19 @@ class FusedSequential(RunsAsOne):
 
     __prepare_scriptable__ = _refuse_script
     _known = _KNOWN
+
+
+def fused_step(children: Sequence[torch.nn.Module], at: int, input: Any) -> tuple[Any, int]:
+    """One step of ``FusedSequential(*children)``, for who runs several of them in turns.
+
+    The run of ``children`` that begins at ``at``, as one operation, or that child by itself; the result, and where the next
+    step begins.
+
+    >>> layers = (torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Identity())
+    >>> y, at = fused_step(layers, 0, torch.ones(1, 4))
+    >>> tuple(y.shape), at
+    ((1, 2), 2)
+    """
+    if why_nowhere() is not None:
+        return children[at](input), at + 1
+    return _KNOWN.advance((*children, None), at, input)
