@@ -126,7 +126,7 @@ OPERATIONS = {
     "paper": f"conv1-pool1 conv2-pool2 conv3-relu5 {_CLASSIFIER}",
     "caffe": f"conv1-relu1 norm1-pool1 conv2-relu2 norm2-pool2 conv3-relu5 {_CLASSIFIER}",
     "caffenet": f"conv1-relu1 pool1 norm1 conv2-relu2 pool2 norm2 conv3-relu5 {_CLASSIFIER}",
-    "source2012": "conv1 norm1-pool1 relu1 conv2-relu2 norm2 cnorm2 pool2 conv3-relu4 conv5 pool5 relu5 "
+    "source2012": "conv1-pool1 relu1 conv2-relu2 norm2 cnorm2 pool2 conv3-relu4 conv5 pool5 relu5 "
     + _CLASSIFIER.removeprefix("pool5 "),
     "torchvision": "conv1-relu1 pool1 conv2-relu2 pool2 conv3-relu3 conv4-relu4 conv5-relu5 pool5 avgpool6 flatten6 drop6 "
     "fc6-drop7 fc7-relu7 fc8",
@@ -306,8 +306,9 @@ def test_printed_copied_pickled_moved() -> None:
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_compiles_whole() -> None:
-    one, two = pair()
+@pytest.mark.parametrize("name", ["tiny", "caffe"])
+def test_compiles_whole(name: str) -> None:
+    one, two = pair(narrow(name))
     one.eval(), two.eval()
     x = batch(one)
     assert torch.equal(torch.compile(two, fullgraph=True, backend="aot_eager")(x), two(x))
