@@ -156,6 +156,7 @@ def explain_stem(
     *,
     mean: Channels | None,
     scale: Channels | None,
+    relu: bool,
     **options: Any,
 ) -> Explanation:
     stride, image = stem_image(x, weight, bias, conv, mean, scale)
@@ -163,12 +164,12 @@ def explain_stem(
     block = block_of(weight, norm, pooling, **options)
     why: Explanation | str = "a kernel takes numbers, and groups that divide the channels"
     if block is not None:
-        why = _stem.explain("alexnet_stem", image, (stride,), True, block)
+        why = _stem.explain("alexnet_stem", image, (stride,), relu, block)
     if isinstance(why, Explanation):
         return why
     plain, left = _plain_image(image)
     explainer = explain_conv_pool_lrn if options.pop("pool_first") else explain_conv_lrn_pool
-    said = explainer(plain, weight, bias, (stride, left, 1, 1), norm, pooling, **options)
+    said = explainer(plain, weight, bias, (stride, left, 1, 1), norm, pooling, relu=relu, **options)
     return _because(why, replace(said, op="alexnet_stem"))
 
 
@@ -230,22 +231,31 @@ def explain_pool_lrn(x: Tensor, *args: Any, **options: Any) -> Explanation:
 
 
 def explain_conv_and_rest(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Any, norm: Any, pooling: Any, **options: Any
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Any,
+    norm: Any,
+    pooling: Any,
+    *,
+    relu: bool = True,
+    **options: Any,
 ) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
     image, block = _image.image_of(x, weight, bias, *conv), block_of(weight, norm, pooling, **options)
     why = None
     if image is not None and block is not None:
-        whole = _stem.explain(op, image, (conv[0],), True, block)
+        whole = _stem.explain(op, image, (conv[0],), relu, block)
         if isinstance(whole, Explanation):
             return whole
         why = whole
     a = _like(x, reference.conv2d_relu(*_meta(x, weight, bias, *conv)).shape)
-    rest = explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=True, **options)
+    rest = explain_lrn_and_pool(op.removeprefix("conv2d_relu_"), a, *norm, *pooling, relu=relu, **options)
     in_one = not rest.parts  # then that operation has bias and ReLU too
     left = None if in_one and x.device.type in _fused.BIAS_APART else bias
-    first = explain_conv(x, weight, left, *conv, precision=None, relu=not in_one)
+    first = explain_conv(x, weight, left, *conv, precision=None, relu=relu and not in_one)
     parts = rest.parts or (rest,)
     return _because(why, Explanation.of_parts(op, first.why_not | rest.why_not, first, *parts))
 

@@ -80,6 +80,18 @@ class Known:
             node = node.get(type(children[at]))
         return found
 
+    def advance(self, children: Sequence[Module | None], at: int, input: Any) -> tuple[Any, int]:
+        """One step of a call: the run that begins at ``at`` as one operation, or that child by itself. Its result, and where the
+        next step begins. ``children`` ends with None."""
+        child: Any = children[at]
+        after = self.trie.get(type(child))
+        if after is not None and type(children[at + 1]) in after and type(input) in ORDINARY_TENSORS:
+            run = self.longest(children, at)
+            if run is not None:
+                op, stop = run
+                return op(input, children[at:stop]), stop
+        return child(input), at + 1
+
     def why_alone(self, child: Any) -> str | None:
         """Why a child of a known type must be called itself; None when its attributes alone say what it does."""
         kind, state = type(child), child.__dict__
@@ -130,7 +142,7 @@ def _name_of_hook(state: Mapping[str, Any]) -> str:
     return f"{_HOOKS[kind]}: {name}"
 
 
-def _why_nowhere() -> str | None:
+def why_nowhere() -> str | None:
     """Why no run may be fused at all at the moment: somebody watches every module."""
     if _has_any_global_hook():
         return "global module hook"
@@ -159,32 +171,19 @@ class RunsAsOne(torch.nn.Sequential):
     _known: ClassVar[Known]
 
     def forward(self, input: Any) -> Any:
-        if _why_nowhere() is not None:
+        if why_nowhere() is not None:
             return super().forward(input)
-        known = self._known
-        trie = known.trie
-        children = (*self._modules.values(), None)
+        known, children = self._known, (*self._modules.values(), None)
         at, end = 0, len(children) - 1
         while at < end:
-            child: Any = children[at]
-            run = None
-            kind = type(child)
-            if kind in trie and type(children[at + 1]) in trie[kind] and type(input) in ORDINARY_TENSORS:
-                run = known.longest(children, at)
-            if run is None:
-                input = child(input)
-                at += 1
-            else:
-                op, stop = run
-                input = op(input, children[at:stop])
-                at = stop
+            input, at = known.advance(children, at, input)
         return input
 
 
 def steps(container: RunsAsOne) -> Iterator[Step]:
     """What a call of ``container`` on an ordinary tensor would do now; nothing runs."""
     names, children = tuple(container._modules), (*container._modules.values(), None)
-    known, nowhere, at = container._known, _why_nowhere(), 0
+    known, nowhere, at = container._known, why_nowhere(), 0
     while at < len(names):
         run = known.longest(children, at) if nowhere is None else None
         if run is None:

@@ -327,14 +327,15 @@ def _by_parts(
     alpha_mode: AlphaMode,
     *,
     pool_first: bool,
+    relu: bool = True,
 ) -> Tensor:
     """The convolution by itself, and the rest in one where that can be."""
     a, left = _fused.convolve(x, weight, bias, *conv)
     if a.dim() != 4 or not a.numel() or not are_numbers(*norm):
-        return _lrn_and_pool(_fused.activate(a, left), norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        return _lrn_and_pool(_fused.activate(a, left, relu), norm, pooling, groups, alpha_mode, pool_first=pool_first)
     size, alpha, beta, k = norm
     scale = lrn_scale(a, size, alpha, groups, alpha_mode)
-    return _fused.apply(a, (size, scale, beta, k, groups), pooling, pool_first, True, left)  # type: ignore[arg-type]
+    return _fused.apply(a, (size, scale, beta, k, groups), pooling, pool_first, relu, left)  # type: ignore[arg-type]
 
 
 def conv2d_relu_lrn_max_pool2d(
@@ -380,10 +381,17 @@ def conv2d_relu_max_pool2d_lrn(
 
 
 def _stem_in_one(
-    image: _image.Image, norm: Norm, pooling: Pooling, groups: int, alpha_mode: AlphaMode, *, pool_first: bool
+    image: _image.Image,
+    norm: Norm,
+    pooling: Pooling,
+    groups: int,
+    alpha_mode: AlphaMode,
+    *,
+    pool_first: bool,
+    relu: bool = True,
 ) -> Tensor | None:
     block = block_of(image.weight, norm, pooling, groups, alpha_mode, pool_first=pool_first)
-    return None if block is None else _stem.apply_stem(image, *block)
+    return None if block is None else _stem.apply_stem(image, *block, relu)
 
 
 def _convolve_image(image: _image.Image, stride: Pair, ceil_mode: bool, relu: bool) -> Tensor:
@@ -468,6 +476,7 @@ def alexnet_stem(
     norm: Norm = (5, 1e-4, 0.75, 2.0),
     pooling: Pooling = (3, 2, 0, 1, False),
     *,
+    relu: bool = True,
     pool_first: bool = False,
     groups: int = 1,
     alpha_mode: AlphaMode = "mean",
@@ -481,6 +490,7 @@ def alexnet_stem(
         conv: ``(stride, padding, ceil_mode)`` of the convolution.
         norm: ``(size, alpha, beta, k)``; ``groups`` and ``alpha_mode`` are the norm's too.
         pooling: ``(kernel_size, stride, padding, dilation, ceil_mode)``.
+        relu: False: of :func:`conv1`, as in the 2012 source, which has its ReLU behind the pooling.
         pool_first: CaffeNet's order; otherwise the paper's.
 
     Raises:
@@ -492,17 +502,17 @@ def alexnet_stem(
     """
     tensors, arguments = (input, weight, bias), (conv, norm, pooling)
     if has_torch_function_variadic(*tensors):
-        options = {"pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode, "mean": mean, "scale": scale}
-        return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **options)
+        block: dict[str, Any] = {"relu": relu, "pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode}
+        return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **block, mean=mean, scale=scale)
     stride, image = stem_image(*tensors, conv, mean, scale)
     image = _image.taken(image)
     if _image.why_plain(image, stride) is None:
-        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+        y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first, relu=relu)
         if y is not None:
             return y
     x, padding = _image.prepared(image)
     convolution = (stride, padding, 1, 1)
-    return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first)
+    return _by_parts(x, weight, bias, convolution, norm, pooling, groups, alpha_mode, pool_first=pool_first, relu=relu)
 
 
 def explain(op: str | Callable[..., object], *args: Any, **kwargs: Any) -> Explanation:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from ._fusion import ORDINARY_TENSORS, Known, Run, RunsAsOne
+from ._fusion import ORDINARY_TENSORS, Known, Run, RunsAsOne, why_nowhere
 
 Channels = Literal["RGB", "BGR"]
 
@@ -224,7 +224,8 @@ class CeilConv2d(PixelConv2d):
 
 
 class AlexNetStem(PixelConv2d):
-    """AlexNet's first block as one module: convolution, ReLU, response normalisation and max pooling, in either order.
+    """AlexNet's first block as one module: convolution, ReLU, response normalisation and max pooling, the last two in either
+    order.
 
     ``[N, 3, H, W]``, floating point or uint8 RGB, to ``[N, out_channels, OH, OW]``; see ``functional.alexnet_stem``. The
     ``state_dict`` is that of the convolution.
@@ -233,6 +234,7 @@ class AlexNetStem(PixelConv2d):
         out_channels, kernel_size, stride, padding, ceil_mode, bias: of the convolution.
         norm: ``(size, alpha, beta, k)``; ``groups`` and ``alpha_mode`` of ``LocalResponseNorm``.
         pooling: ``(kernel_size, stride, padding, dilation, ceil_mode)``.
+        relu: False for the 2012 source's block, whose ReLU comes after it.
         pool_first: CaffeNet's order; otherwise the paper's.
         mean, scale, channels: as for :class:`PixelConv2d`.
 
@@ -250,6 +252,7 @@ class AlexNetStem(PixelConv2d):
         *,
         norm: tuple[int, float, float, float] = (5, 1e-4, 0.75, 2.0),
         pooling: F.Pooling = (3, 2, 0, 1, False),
+        relu: bool = True,
         pool_first: bool = False,
         groups: int = 1,
         alpha_mode: F.AlphaMode = "mean",
@@ -270,7 +273,7 @@ class AlexNetStem(PixelConv2d):
             "channels": channels,
         }
         super().__init__(3, out_channels, kernel_size, stride, padding, **options)
-        self.norm, self.pooling, self.pool_first = norm, pooling, pool_first
+        self.norm, self.pooling, self.relu, self.pool_first = norm, pooling, relu, pool_first
         self.norm_groups, self.alpha_mode, self.ceil_mode = groups, alpha_mode, ceil_mode
 
     @classmethod
@@ -282,6 +285,7 @@ class AlexNetStem(PixelConv2d):
         mean: Sequence[float] | None = None,
         scale: Sequence[float] | None = None,
         *,
+        relu: bool = True,
         pool_first: bool = False,
     ) -> AlexNetStem:
         """The same block, with the very parameters of ``conv`` and, where they are not given, its mean and scale.
@@ -299,7 +303,8 @@ class AlexNetStem(PixelConv2d):
             mean, scale = getattr(conv, "_numbers", None) or (None, None)
         pixels = {"mean": mean, "scale": scale, "channels": getattr(conv, "channels", "RGB")}
         options: Any = {"ceil_mode": getattr(conv, "ceil_mode", False), **_lrn_options(norm), **pixels}
-        block: Any = {"norm": _lrn_arguments(norm), "pooling": _pool_arguments(pool), "pool_first": pool_first}
+        block: Any = {"norm": _lrn_arguments(norm), "pooling": _pool_arguments(pool)}
+        block |= {"relu": relu, "pool_first": pool_first}
         size, stride, padding = conv.kernel_size, conv.stride, conv.padding
         made = cls(conv.out_channels, size, stride, padding, **block, **options, device="meta")  # type: ignore[arg-type]
         made.weight, made.bias = conv.weight, conv.bias
@@ -309,14 +314,15 @@ class AlexNetStem(PixelConv2d):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._weights_for(input)
         conv: Any = (self.stride, self.padding, self.ceil_mode)
-        options: Any = {"pool_first": self.pool_first, "groups": self.norm_groups, "alpha_mode": self.alpha_mode}
+        options: Any = {"relu": self.relu, "pool_first": self.pool_first}
+        options |= {"groups": self.norm_groups, "alpha_mode": self.alpha_mode}
         return F.alexnet_stem(input, weight, bias, conv, self.norm, self.pooling, **options, **self._pixels_of(input))
 
     def extra_repr(self) -> str:
         ceil = ", ceil_mode=True" if self.ceil_mode else ""
         groups = f", norm_groups={self.norm_groups}" if self.norm_groups != 1 else ""
         mode = f", alpha_mode={self.alpha_mode!r}" if self.alpha_mode != "mean" else ""
-        order = ", pool_first=True" if self.pool_first else ""
+        order = (", relu=False" if not self.relu else "") + (", pool_first=True" if self.pool_first else "")
         return f"{super().extra_repr()}{ceil}, norm={self.norm}{groups}{mode}, pooling={self.pooling}{order}"
 
 
@@ -474,10 +480,11 @@ def conv1_relu(input: Tensor, children: Children) -> Tensor:
 
 
 def alexnet_stem(input: Tensor, children: Children) -> Tensor:
-    conv, _, *others = children
-    pool_first = isinstance(others[0], torch.nn.MaxPool2d)
-    pool, norm = others if pool_first else reversed(others)
-    options: dict[str, Any] = {"pool_first": pool_first, **_lrn_options(norm), **conv._pixels_of(input)}
+    conv, *_, first, second = children
+    pool_first = isinstance(first, torch.nn.MaxPool2d)
+    pool, norm = (first, second) if pool_first else (second, first)
+    options: dict[str, Any] = {"relu": len(children) == 4, "pool_first": pool_first}
+    options |= {**_lrn_options(norm), **conv._pixels_of(input)}
     weight, bias = conv._weights_for(input)
     geometry = (conv.stride, conv.padding, conv.ceil_mode)
     return F.alexnet_stem(input, weight, bias, geometry, _lrn_arguments(norm), _pool_arguments(pool), **options)
@@ -544,6 +551,8 @@ _KNOWN = Known(  # a new run is a row; the function's name is what a report prin
         Run((_IMAGE, _RELU), conv1_relu),
         Run((_IMAGE, _RELU, _LRN, _POOL), alexnet_stem),
         Run((_IMAGE, _RELU, _POOL, _LRN), alexnet_stem),
+        Run((_IMAGE, _LRN, _POOL), alexnet_stem),
+        Run((_IMAGE, _POOL, _LRN), alexnet_stem),
         Run((_LINEAR, _RELU), linear_relu),
         Run((_LINEAR, _RELU, (torch.nn.Dropout,)), linear_relu_dropout),
         Run((_LRN, _POOL), lrn_max_pool2d),
@@ -585,3 +594,19 @@ class FusedSequential(RunsAsOne):
 
     __prepare_scriptable__ = _refuse_script
     _known = _KNOWN
+
+
+def fused_step(children: Sequence[torch.nn.Module], at: int, input: Any) -> tuple[Any, int]:
+    """One step of ``FusedSequential(*children)``, for who runs several of them in turns.
+
+    The run of ``children`` that begins at ``at``, as one operation, or that child by itself; the result, and where the next
+    step begins.
+
+    >>> layers = (torch.nn.Linear(4, 2), torch.nn.ReLU(), torch.nn.Identity())
+    >>> y, at = fused_step(layers, 0, torch.ones(1, 4))
+    >>> tuple(y.shape), at
+    ((1, 2), 2)
+    """
+    if why_nowhere() is not None:
+        return children[at](input), at + 1
+    return _KNOWN.advance((*children, None), at, input)

@@ -83,7 +83,9 @@ def test_conv1_takes_pixels_and_the_stock_network_does_not() -> None:
     assert type(model.features[0]) is nn.PixelConv2d and type(stock.features[0]) is torch.nn.Conv2d
     assert type(models.alexnet(narrow("source2012")).features[0]) is nn.CeilConv2d
     assert list(model.state_dict()) == list(stock.state_dict())
-    assert next(steps(model.features)).op == "alexnet_stem"
+    for block in (model.features, models.alexnet(narrow("source2012")).features):  # ReLU before LRN, and after pooling
+        assert next(steps(block)).op == "alexnet_stem"
+    assert not any(isinstance(module, nn.FusedSequential) for module in stock.modules())
     pixels = torch.zeros(1, 3, 227, 227, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="unsigned char"):
         stock(pixels)

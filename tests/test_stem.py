@@ -21,7 +21,7 @@ from alexnet_kernels import _extension, dispatch, nn, reference
 from alexnet_kernels import functional as F
 from alexnet_kernels._fusion import steps
 from alexnet_kernels.convert import convert, revert
-from alexnet_kernels.ops import _stem_arguments, _stem_ways, stem
+from alexnet_kernels.ops import _stem_arguments, _stem_ways, fused, stem
 
 tnn = torch.nn
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -153,8 +153,8 @@ def numbers(**options: object) -> dict[str, object]:
 def test_is_its_definition_in_fp64(
     either: str, dtype: torch.dtype, layout: torch.memory_format, kind: torch.dtype
 ) -> None:
-    """Convolution alone, with ReLU, and the block in both orders. Sums of 363 products in fp32 may err by their number's
-    root; whatever is rounded to the dtype once more adds its half unit: image, map, norm and result."""
+    """Convolution alone, with ReLU, and the block in both orders, with and without ReLU. Sums of 363 products in fp32 may
+    err by their number's root; whatever is rounded to the dtype once more adds its half unit: image, map, norm and result."""
     x, (w, b), options = pixels(layout=layout), weights(dtype=dtype), numbers()
     if kind != torch.uint8:
         x, options = ((x.float() - 120) / 60).to(kind), {}
@@ -175,7 +175,16 @@ def test_is_its_definition_in_fp64(
             F.alexnet_stem(x, w, b, (4, UNEVEN, False), NORM, POOL, pool_first=True, **options),
             TF.local_response_norm(TF.max_pool2d(a, 3, 2), *NORM),
         ),
+        "source2012": (
+            F.alexnet_stem(x, w, b, (4, UNEVEN, False), NORM, POOL, relu=False, **options),
+            TF.max_pool2d(TF.local_response_norm(z, *NORM), 3, 2),
+        ),
+        "pool first, no ReLU": (
+            F.alexnet_stem(x, w, b, (4, UNEVEN, False), NORM, POOL, relu=False, pool_first=True, **options),
+            TF.local_response_norm(TF.max_pool2d(z, 3, 2), *NORM),
+        ),
     }
+    assert min(cases["source2012"][0].min(), cases["pool first, no ReLU"][0].min()) < 0
     wanted = LAYOUTS[1] if kind == torch.uint8 else layout
     for name, (y, expected) in cases.items():
         assert (y.dtype, y.shape) == (dtype, expected.shape), name
@@ -279,12 +288,13 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 def _calls(order: bool) -> dict[str, Callable[..., Tensor]]:
-    around = (0, 1, 1, 0)
+    around, norm = (0, 1, 1, 0), (5, 0.5, 0.75, 2.0)
     return {
         "conv1": lambda x, w, b, **o: F.conv1(x, w, b, 4, around, **o),
         "conv1_relu": lambda x, w, b, **o: F.conv1_relu(x, w, b, 4, around, **o),
-        "stem": lambda x, w, b, **o: F.alexnet_stem(
-            x, w, b, (4, around, False), (5, 0.5, 0.75, 2.0), POOL, pool_first=order, **o
+        "stem": lambda x, w, b, **o: F.alexnet_stem(x, w, b, (4, around, False), norm, POOL, pool_first=order, **o),
+        "no relu": lambda x, w, b, **o: F.alexnet_stem(
+            x, w, b, (4, around, False), norm, POOL, relu=False, pool_first=order, **o
         ),
     }
 
@@ -297,6 +307,9 @@ def _calls(order: bool) -> dict[str, Callable[..., Tensor]]:
         ("stem", False, "image", True),
         ("stem", True, "image", False),
         ("stem", True, "pixels", True),
+        ("no relu", False, "pixels", True),
+        ("no relu", False, "image", False),
+        ("no relu", True, "image", True),
     ],
 )
 def test_gradients_to_any_order(either: str, name: str, order: bool, kind: str, direct: bool, monkeypatch) -> None:
@@ -386,6 +399,7 @@ def _op_arguments(order: bool, layout: torch.memory_format) -> dict[str, tuple[o
         "conv1 of pixels": (stem.conv1, (image, w.detach(), None, m, s, UNEVEN, False)),
         "stem": (stem.stem, (x, w, b, None, None, UNEVEN, True, *BLOCK, order, True)),
         "stem of pixels": (stem.stem, (image, w, b, m, s, UNEVEN, True, *BLOCK, order, True)),
+        "stem without ReLU": (stem.stem, (image, w, b, m, s, UNEVEN, False, *BLOCK, order, True)),
         "stem of a slice": (
             stem.stem,
             (image[:, :, 2:, 1:], w.detach(), None, m, s, UNEVEN, True, *BLOCK, order, False),
@@ -409,7 +423,7 @@ def test_opcheck(either: str, name: str, layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("kind", ["pixels", "image"])
 def test_compiled(either: str, dynamic: bool, kind: str) -> None:
     torch._dynamo.reset()
-    module = nn.AlexNetStem(16, mean=MEAN, scale=(0.01,) * 3, ceil_mode=True)
+    module = nn.AlexNetStem(16, mean=MEAN, scale=(0.01,) * 3, ceil_mode=True, relu=not dynamic)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=counter)
     for n, side in ((2, 25), (3, 28)):
@@ -471,6 +485,7 @@ def test_what_the_kernel_runs_and_what_not() -> None:
         lambda: F.conv1(x, w, b),
         lambda: F.conv1_relu(pixels(), w, b, ceil_mode=True, **numbers()),
         lambda: F.alexnet_stem(x, w, b),
+        lambda: F.alexnet_stem(x, w, b, relu=False),
         lambda: F.conv2d_relu(x, w, b, (4, 4), "valid"),
         lambda: F.conv2d_relu_lrn_max_pool2d(x, w, b, conv, NORM, POOL),
         lambda: F.conv2d_relu_max_pool2d_lrn(x, w, b, ((4, 4), (2, 1), (1, 1), 1), NORM, POOL, groups=2),
@@ -558,6 +573,41 @@ def test_explain_says_when_the_kernel_runs() -> None:
         pytest.raises(RuntimeError, match="backend 'cuda' cannot run conv1: written for 11x11"),
     ):
         ak.explain("conv1", x, w, b, 3)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_without_relu_the_parts_are_a_convolution_and_one_operation_more(order: bool) -> None:
+    """On a CPU: torch's convolution, and LRN and pooling in one, without ReLU."""
+    compiled = _extension.why_not("cpu") is None
+    x, (w, b) = torch.randn(2, 3, 27, 31), weights()
+    said = ak.explain("alexnet_stem", x, w, b, relu=False, pool_first=order)
+    rest = ("max_pool2d_lrn",) if order else ("lrn_max_pool2d",)
+    alone = ("max_pool2d", "lrn") if order else ("lrn", "max_pool2d")
+    assert (said.op, said.parts[0].op) == ("alexnet_stem", "conv2d")
+    assert tuple(part.op for part in said.parts[1:]) == (rest if compiled else alone)
+    assert all(part.backend == "cpu" for part in said.parts[1:]) or not compiled
+    assert ran(lambda: F.alexnet_stem(x, w, b, relu=False, pool_first=order)) == {p.backend for p in said.parts}
+    asked: list[tuple[object, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        perform = dispatch.perform
+        patch.setattr(dispatch, "perform", lambda chosen, *a: asked.append(a) or perform(chosen, *a))
+        F.alexnet_stem(x, w, b, relu=False, pool_first=order)
+    assert [a[1:3] for a in asked if len(a) == 12] == [(None, False)] * compiled  # bias and ReLU of lrn_pool
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_bias_that_is_added_after_the_convolution(backend: str, relu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without the kernel, where the operation that follows adds it, with ReLU or without."""
+    monkeypatch.setattr(fused, "BIAS_APART", ("cpu",))
+    x, (w, b) = torch.randn(2, 3, 27, 31), tuple(t.requires_grad_() for t in weights())
+    z = TF.conv2d(x, w, b, 4)
+    expected = TF.max_pool2d(TF.local_response_norm(z.relu() if relu else z, *NORM), 3, 2)
+    with ak.use_backend(backend):
+        y = F.alexnet_stem(x, w, b, norm=NORM, pooling=POOL, relu=relu)
+        found = [y, *torch.autograd.grad(y.sin().sum(), (w, b))]
+    theirs = [expected, *torch.autograd.grad(expected.sin().sum(), (w, b))]
+    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_strict_fp32_is_torchs_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -747,11 +797,13 @@ def _layers(order: bool, groups: int = 1) -> list[tnn.Module]:
     return [tnn.Conv2d(3, 16, 11, 4, 2), tnn.ReLU(inplace=True), *((pool, norm) if order else (norm, pool))]
 
 
+@pytest.mark.parametrize("with_relu", [False, True])
 @pytest.mark.parametrize("order", [False, True])
-def test_the_module_is_its_layers(either: str, order: bool) -> None:
+def test_the_module_is_its_layers(either: str, order: bool, with_relu: bool) -> None:
     conv, relu, *others = _layers(order, 2)
+    relu = relu if with_relu else tnn.Identity()
     pool, norm = others if order else reversed(others)
-    module = nn.AlexNetStem.from_layers(conv, norm, pool, MEAN, SCALE, pool_first=order)
+    module = nn.AlexNetStem.from_layers(conv, norm, pool, MEAN, SCALE, relu=with_relu, pool_first=order)
     assert module.weight is conv.weight and module.bias is conv.bias and list(module.state_dict()) == ["weight", "bias"]
     x = (pixels().float() - 120) / 60
     theirs = others[1](others[0](relu(conv(x))))
@@ -761,6 +813,7 @@ def test_the_module_is_its_layers(either: str, order: bool) -> None:
         "AlexNetStem(3, 16, kernel_size=(11, 11), stride=(4, 4), padding=(2, 2), mean=(122.679"
     )
     assert "norm_groups=2" in repr(module) and ("pool_first=True" in repr(module)) == order
+    assert ("relu=False" in repr(module)) != with_relu
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -785,6 +838,10 @@ def test_a_run_of_children_goes_to_the_kernel(either: str, order: bool) -> None:
     assert next(steps(net)).op is None
     torch.testing.assert_close(net(image), expected, rtol=1e-5, atol=1e-6)
     assert len(seen) == 1
+    bare = nn.FusedSequential(pixelwise, *theirs[2:])
+    assert [step.op for step in steps(bare)] == ["alexnet_stem"]
+    torch.testing.assert_close(bare(image), theirs[2:](pixelwise(image)), rtol=1e-5, atol=1e-6)
+    assert ("cuda" in ran(lambda: bare(image))) == (either == "kernel")
     short = nn.FusedSequential(pixelwise, tnn.ReLU())
     assert [step.op for step in steps(short)] == ["conv1_relu"]
     torch.testing.assert_close(short(image), pixelwise(image).relu())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alexnet_kernels import geometry, models
+from alexnet_kernels import geometry, models, nn
 from alexnet_kernels.distributed import exchange
 from alexnet_kernels.models import AlexNet, TwoDeviceAlexNet, merge_state, split_state
 
@@ -101,6 +101,83 @@ def test_both_towers_take_pixels(name: str) -> None:
     one.eval(), two.eval()
     pixels = torch.randint(256, (2, 3, *one.variant.input_size), dtype=torch.uint8)
     assert relative(two(pixels), one(pixels)) <= 1e-12
+
+
+def operations(two: TwoDeviceAlexNet, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a call runs, in its order, as the first and the last of the layers that are one operation."""
+    layers = two.variant.layers
+    names = {id(m): f.name for t in two.towers for f, m in zip(layers, t.steps(), strict=False)}
+    ran: list[str] = []
+
+    def watched(modules: tuple[torch.nn.Module, ...], at: int, input: Tensor) -> tuple[Tensor, int]:
+        output, stop = step(modules, at, input)
+        ran.append("-".join(dict.fromkeys((names[id(modules[at])], names[id(modules[stop - 1])]))))
+        return output, stop
+
+    step = nn.fused_step
+    monkeypatch.setattr(nn, "fused_step", watched)
+    two(x)
+    monkeypatch.setattr(nn, "fused_step", step)
+    return ran
+
+
+_CLASSIFIER = "pool5 flatten6 fc6-drop6 fc7-drop7 fc8"
+OPERATIONS = {
+    "paper": f"conv1-pool1 conv2-pool2 conv3-relu5 {_CLASSIFIER}",
+    "caffe": f"conv1-relu1 norm1-pool1 conv2-relu2 norm2-pool2 conv3-relu5 {_CLASSIFIER}",
+    "caffenet": f"conv1-relu1 pool1 norm1 conv2-relu2 pool2 norm2 conv3-relu5 {_CLASSIFIER}",
+    "source2012": "conv1-pool1 relu1 conv2-relu2 norm2 cnorm2 pool2 conv3-relu4 conv5 pool5 relu5 "
+    + _CLASSIFIER.removeprefix("pool5 "),
+    "torchvision": "conv1-relu1 pool1 conv2-relu2 pool2 conv3-relu3 conv4-relu4 conv5-relu5 pool5 avgpool6 flatten6 drop6 "
+    "fc6-drop7 fc7-relu7 fc8",
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_towers_run_layers_as_one_operation_and_take_turns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container of the layers between two exchanges would run; each operation on one tower, then on the other."""
+    one, two = pair(narrow(name))
+    expected = OPERATIONS[name].split()
+    assert operations(two, batch(one, 1), monkeypatch) == [op for op in expected[:-1] for _ in CPUS] + expected[-1:]
+
+
+@pytest.mark.parametrize(("name", "layer"), [("paper", 2), ("caffe", 2), ("caffe", 3), ("caffenet", 3), ("paper", 10)])
+def test_whoever_watches_a_layer_sees_it(name: str, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook takes its layer out of its run, in its own tower, from the next call on; the other tower's stays one. What it sees
+    is the tower's own half, but for LRN over both towers, which reads its neighbours."""
+    one, two = pair(narrow(name))
+    one.eval(), two.eval()
+    x = batch(one, 1)
+    whole, before = [], operations(two, x, monkeypatch)
+    one.features[layer].register_forward_hook(lambda module, args, output: whole.append(output))
+    expected = one(x)
+    seen: list[Tensor] = []
+    handle = two.towers[1].features[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    assert relative(two(x), expected) <= 1e-12
+    watched = operations(two, x, monkeypatch)
+    own = whole[0].chunk(2, dim=1)[1]
+    assert relative(seen[0][:, -own.shape[1] :], own) <= 1e-12
+    across = two.variant.layers[layer].name.startswith("norm") and name != "paper"
+    assert seen[0].shape[1] == own.shape[1] + (2 if across else 0)
+    handle.remove()
+    assert operations(two, x, monkeypatch) == before
+    assert (len(watched) > len(before)) == (before.count(two.variant.layers[layer].name) == 0)
+
+
+@pytest.mark.parametrize("fc8", FC8)
+def test_dropout_is_that_of_the_layers_one_by_one(fc8: str) -> None:
+    """The same seed drops the same elements, whether or not somebody watches."""
+    one, two = pair(fc8=fc8)
+    x, found = batch(one), []
+    for _ in range(2):
+        torch.manual_seed(7)
+        y = two(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(two.parameters()))])
+        for module in two.modules():
+            module.register_forward_hook(lambda *_: None)
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) <= 1e-12
+    torch.manual_seed(8)
+    assert relative(two(x), found[0][0]) > 1e-3
 
 
 @pytest.mark.parametrize("fc8", FC8)
@@ -229,8 +306,9 @@ def test_printed_copied_pickled_moved() -> None:
     assert halved(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_compiles_whole() -> None:
-    one, two = pair()
+@pytest.mark.parametrize("name", ["tiny", "caffe"])
+def test_compiles_whole(name: str) -> None:
+    one, two = pair(narrow(name))
     one.eval(), two.eval()
     x = batch(one)
     assert torch.equal(torch.compile(two, fullgraph=True, backend="aot_eager")(x), two(x))

@@ -1,6 +1,7 @@
 """Three ways of running one network, behind one interface: a state goes from fused group to fused group.
 
-A state is the list of tensors between two groups: one on one device, a half from each tower on two.
+A state is the list of tensors between two groups: one on one device, a half from each tower on two. A group runs as its model
+runs it, as one operation where that would; only what a model runs across their border (conv3 to conv5) is divided.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class OneDevice:
 
     def __init__(self, name: str, model: AlexNet, *, takes_pixels: bool = True) -> None:
         self.name, self.model, self.variant, self.takes_pixels = name, model, model.variant, takes_pixels
+        modules: dict[str, list[torch.nn.Module]] = {}
+        for facts, module in zip(model.variant.layers, model.steps(), strict=True):
+            modules.setdefault(facts.group, []).append(module)
+        self._groups = {group: type(model.features)(*members) for group, members in modules.items()}
 
     def from_pixels(self, pixels: Tensor) -> Tensor:
         """The logits of uint8 images in the host's memory, from their copying on."""
@@ -51,11 +56,7 @@ class OneDevice:
         return [images.to(next(self.model.parameters()).device)]
 
     def run_group(self, group: str, state: State) -> State:
-        (x,) = state
-        for facts, module in zip(self.variant.layers, self.model.steps(), strict=True):
-            if facts.group == group:
-                x = module(x)
-        return [x]
+        return [self._groups[group](*state)]
 
     def merged(self, state: State) -> Tensor:
         return state[0]
@@ -78,9 +79,8 @@ class TwoDevices:
 
     def run_group(self, group: str, state: State) -> State:
         lanes = exchange.lanes(*self.model.devices)
-        for facts, modules in self.model.walk():
-            if facts.group == group:
-                state = self.model.step(facts, modules, state, lanes)
+        for stretch in self.model.stretches(group):
+            state = self.model.run(stretch, state, lanes)
         return state
 
     def merged(self, state: State) -> Tensor:

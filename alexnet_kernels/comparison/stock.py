@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import geometry, models
+from ..convert import revert
 from ..geometry import LayerFacts, Variant
 from ..models.alexnet import layer
 from ..reference import arithmetic_dtype
@@ -53,5 +54,5 @@ def stock_layer(facts: LayerFacts, towers: int = 1) -> torch.nn.Module:
 
 
 def stock_alexnet(variant: str | Variant, num_classes: int | None = None, **overrides: object) -> models.AlexNet:
-    """``models.alexnet`` in stock ``torch.nn``."""
-    return models.alexnet(variant, num_classes, layers=stock_layer, **overrides)
+    """``models.alexnet`` in stock ``torch.nn``, its containers too: they would run our operations on torch's modules."""
+    return revert(models.alexnet(variant, num_classes, layers=stock_layer, **overrides))

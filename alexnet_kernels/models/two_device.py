@@ -2,25 +2,36 @@
 
 Each tower has half of every layer's outputs. conv1, conv2, conv4, conv5, LRN and the dropout masks are local to a tower;
 where the geometry says ``exchanged``, both towers read all inputs, so the halves cross first. Nothing else crosses: no
-weight and no weight gradient. The towers are walked in step, so that one Python thread keeps both devices busy.
+weight and no weight gradient. Between two exchanges each tower runs what ``nn.FusedSequential`` would run of its layers,
+and the towers take turns operation by operation, so that one Python thread keeps both devices busy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import geometry
+from .. import geometry, nn
 from ..distributed import exchange
 from ..geometry import LRN, TOWERS, LayerFacts, Variant
 from .alexnet import AlexNet, Network, layer, paths
 
 FC8 = Literal["device0", "split"]
 Modules = tuple[torch.nn.Module, ...]
+Lanes = tuple[exchange.Lane, exchange.Lane]
 Devices = tuple[str | torch.device, str | torch.device]
+
+
+class Stretch(NamedTuple):
+    """Layers up to the next exchange: the first, in front of which is theirs, and all as modules, those of each tower (of one
+    tower alone where fc8 is whole on device 0)."""
+
+    first: LayerFacts
+    towers: tuple[Modules, ...]
 
 
 class TwoDeviceAlexNet(torch.nn.Module):
@@ -84,18 +95,21 @@ class TwoDeviceAlexNet(torch.nn.Module):
         device."""
         lanes = exchange.lanes(*self.devices)
         halves = self.receive(x, lanes)
-        for facts, modules in self.walk():
-            halves = self.step(facts, modules, halves, lanes)
+        for stretch in self.stretches():
+            halves = self.run(stretch, halves, lanes)
         return self.deliver(halves[0], lanes)
 
-    def walk(self) -> Iterator[tuple[LayerFacts, Modules]]:
-        """Each layer with the modules that share it: two, or one for an fc8 that is whole on device 0."""
-        first, second = (tower.steps() for tower in self.towers)  # type: ignore[operator]
-        for index, facts in enumerate(self.variant.layers):
-            yield facts, (first[index], *second[index : index + 1])
+    def stretches(self, group: str | None = None) -> Iterator[Stretch]:
+        """The network, or one group of it, from exchange to exchange."""
+        layers, towers = self.variant.layers, [tower.steps() for tower in self.towers]  # type: ignore[operator]
+        inside = [i for i, facts in enumerate(layers) if group in (None, facts.group)]
+        starts = [i for i in inside if i == inside[0] or layers[i].exchanged or _is_across(layers[i])]
+        for start, stop in itertools.pairwise((*starts, inside[-1] + 1)):
+            modules = [tuple(steps[start:stop]) for steps in towers]
+            yield Stretch(layers[start], tuple(filter(None, modules)))
 
     @staticmethod
-    def receive(x: Tensor, lanes: tuple[exchange.Lane, exchange.Lane]) -> list[Tensor]:
+    def receive(x: Tensor, lanes: Lanes) -> list[Tensor]:
         """The same images on both lanes."""
         images = []
         for lane in lanes:
@@ -106,7 +120,7 @@ class TwoDeviceAlexNet(torch.nn.Module):
         return images
 
     @staticmethod
-    def deliver(y: Tensor, lanes: tuple[exchange.Lane, exchange.Lane]) -> Tensor:
+    def deliver(y: Tensor, lanes: Lanes) -> Tensor:
         """The logits, for use on the caller's stream, which waits for both lanes."""
         for lane in lanes:
             if lane.stream is not None:
@@ -115,62 +129,60 @@ class TwoDeviceAlexNet(torch.nn.Module):
                 y.record_stream(current)
         return y
 
-    def step(
-        self,
-        facts: LayerFacts,
-        modules: Modules,
-        halves: list[Tensor],
-        lanes: tuple[exchange.Lane, exchange.Lane],
-    ) -> list[Tensor]:
-        """One layer on both towers, with the exchange it needs before (or, for a split fc8, after) it."""
-        last = facts is self.variant.layers[-1]
-        if last and self.fc8 == "split":
-            partial = _apply(modules, halves, lanes)
+    def run(self, stretch: Stretch, halves: list[Tensor], lanes: Lanes) -> list[Tensor]:
+        """A stretch on both towers, with the exchange it needs before (or, for a split fc8, after) it."""
+        facts, towers = stretch
+        if facts is self.variant.layers[-1] and self.fc8 == "split":
+            partial = _in_turns(towers, halves, lanes)
             with lanes[0].on():
                 return [partial[0] + exchange.pull(partial[1], facts.name, lanes, source=1)]
         if facts.exchanged:
-            halves = [_join(halves, facts.name, lanes, tower) for tower in range(1 if last else TOWERS)]
-        elif isinstance(facts.op, LRN) and facts.op.scope == "global":
-            return _across(facts.op.size // 2, modules, halves, facts.name, lanes)
-        return _apply(modules, halves, lanes)
+            halves = [_join(halves, facts.name, lanes, tower) for tower in range(len(towers))]
+        elif _is_across(facts):
+            return _across(facts, towers, halves, lanes)
+        return _in_turns(towers, halves, lanes)
 
     def extra_repr(self) -> str:
         return f"{self.variant.name!r}, fc8={self.fc8!r}"
 
 
-def _apply(modules: Modules, halves: list[Tensor], lanes: tuple[exchange.Lane, exchange.Lane]) -> list[Tensor]:
-    out = []
-    for module, half, lane in zip(modules, halves, lanes, strict=False):  # one module: an fc8 that is whole on device 0
-        with lane.on():
-            out.append(module(half))
+def _is_across(facts: LayerFacts) -> bool:
+    return isinstance(facts.op, LRN) and facts.op.scope == "global"
+
+
+def _in_turns(towers: Sequence[Modules], inputs: Sequence[Tensor], lanes: Lanes) -> list[Tensor]:
+    """What a ``FusedSequential`` of each tower's modules makes of its input, an operation of one, then one of the other."""
+    out, at = list(inputs[: len(towers)]), [0] * len(towers)
+    while any(at[i] < len(modules) for i, modules in enumerate(towers)):
+        for i, modules in enumerate(towers):
+            if at[i] < len(modules):
+                with lanes[i].on():
+                    out[i], at[i] = nn.fused_step(modules, at[i], out[i])
     return out
 
 
-def _join(halves: list[Tensor], name: str, lanes: tuple[exchange.Lane, exchange.Lane], tower: int) -> Tensor:
+def _join(halves: list[Tensor], name: str, lanes: Lanes, tower: int) -> Tensor:
     """Both halves, in the one-device order, on ``tower``'s lane."""
     peer = exchange.pull(halves[1 - tower], name, lanes, source=1 - tower)
     with lanes[tower].on():
         return torch.cat((halves[0], peer) if tower == 0 else (peer, halves[1]), dim=1)
 
 
-def _across(
-    reach: int,
-    norms: Modules,
-    halves: list[Tensor],
-    name: str,
-    lanes: tuple[exchange.Lane, exchange.Lane],
-) -> list[Tensor]:
-    """LRN over the channels of both towers: each pulls the ``reach`` channels next to its own and drops them afterwards."""
+def _across(facts: LayerFacts, towers: Sequence[Modules], halves: list[Tensor], lanes: Lanes) -> list[Tensor]:
+    """What begins with LRN over the channels of both towers. Each pulls the channels next to its own that LRN reaches, and drops
+    them after the first operation: LRN, or LRN and the pooling that follows."""
     own = halves[0].shape[1]
-    lower = exchange.pull(halves[1][:, :reach], name, lanes, source=1)
-    upper = exchange.pull(halves[0][:, own - min(reach, own) :], name, lanes, source=0)
-    wide = [(halves[0], lower), (upper, halves[1])]
-    out = []
-    for tower, (norm, parts, lane) in enumerate(zip(norms, wide, lanes, strict=True)):
+    reach = min(facts.op.size // 2, own)  # type: ignore[union-attr]
+    lower = exchange.pull(halves[1][:, :reach], facts.name, lanes, source=1)
+    upper = exchange.pull(halves[0][:, own - reach :], facts.name, lanes, source=0)
+    parts, kept = ((halves[0], lower), (upper, halves[1])), (slice(own), slice(-own, None))
+    out, rest = [], []
+    for modules, wide, mine, lane in zip(towers, parts, kept, lanes, strict=True):
         with lane.on():
-            normed = norm(torch.cat(parts, dim=1))
-            out.append(normed[:, :own] if tower == 0 else normed[:, -own:])
-    return out
+            made, at = nn.fused_step(modules[:2], 0, torch.cat(wide, dim=1))
+            out.append(made[:, mine])
+            rest.append(modules[at:])
+    return _in_turns(rest, out, lanes)
 
 
 def _tower(variant: Variant, index: int, fc8: FC8) -> Network:

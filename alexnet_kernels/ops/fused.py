@@ -177,12 +177,12 @@ def apply(
 ) -> Tensor:
     """LRN and max pooling of any ``x``, in either order: a kernel for both, or the two operations.
 
-    With ``relu``, ``x`` and ``bias`` are what :func:`convolve` made, and ``x`` may be overwritten.
+    With ``relu`` or ``bias``, ``x`` and ``bias`` are what :func:`convolve` made, and ``x`` may be overwritten.
     """
     y = _on_kernel(x, bias, relu, norm, pooling, pool_first)
     if y is not None:
         return y
-    return _by_two(activate(x, bias) if relu else x, norm, pooling, pool_first)
+    return _by_two(activate(x, bias, relu), norm, pooling, pool_first)
 
 
 # Where torch adds a convolution's bias in a pass of its own, the operation after it does so for nothing, and its backward has
@@ -198,9 +198,10 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tupl
     return a, bias.to(a.dtype)
 
 
-def activate(a: Tensor, bias: Tensor | None) -> Tensor:
-    """``max(0, a + bias)``; in place, for nobody else holds what :func:`convolve` made."""
-    return F.relu(a if bias is None else a.add_(bias[:, None, None]), inplace=True)
+def activate(a: Tensor, bias: Tensor | None, relu: bool = True) -> Tensor:
+    """``max(0, a + bias)``, as far as asked for; in place, for nobody else holds what :func:`convolve` made."""
+    a = a if bias is None else a.add_(bias[:, None, None])
+    return F.relu(a, inplace=True) if relu else a
 
 
 def _by_two(x: Tensor, norm: Norm, pooling: Pool, pool_first: bool) -> Tensor:

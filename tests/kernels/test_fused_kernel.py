@@ -146,6 +146,14 @@ def test_half_types(case: Any, dtype: torch.dtype) -> None:
     check(x, bias, True, size, groups, window, ceil_mode, False)
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["after", "first"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[6]], ids=lambda c: c[0])
+def test_a_bias_without_relu(case: Any, first: bool) -> None:
+    _, shape, innermost, size, groups, window, ceil_mode = case
+    x = laid_out(torch.randn(shape).mul(5).to(DEVICE), innermost)
+    check(x, torch.randn(shape[1], device=DEVICE), False, size, groups, window, ceil_mode, first)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_shape(data: st.DataObject) -> None:
