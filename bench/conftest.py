@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--seconds",
         metavar="N",
         type=float,
-        help="begin no row of a file after N seconds; they are skipped, and say so",
+        help="begin no row after N seconds; they are skipped, and say so",
     )
     group.addoption(
         "--gpu-profile", choices=("quick", "full", "all"), default="all", help="on a GPU: how much is compiled"
@@ -82,10 +82,10 @@ def budget(device: torch.device, request: pytest.FixtureRequest) -> Budget:
 def collect(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]:
     """Run one interleaved measurement inside pytest-benchmark, keep its row, and put its figures into ``extra_info``."""
     config = request.config
-    limit = config.getoption("--seconds")
+    limit, clock = config.getoption("--seconds"), "all files"
     if limit is None and not torch.cuda.is_available():
-        limit = CPU_SECONDS.get(request.path.name)
-    began = config.stash[_BEGAN].setdefault(request.path.name, time.monotonic())
+        limit, clock = CPU_SECONDS.get(request.path.name), request.path.name
+    began = config.stash[_BEGAN].setdefault(clock, time.monotonic())
     if limit is not None and time.monotonic() - began > limit:
         pytest.skip(f"no time: {limit:.0f} s are over")
 
