@@ -77,6 +77,9 @@ def _no_build() -> str | None:
     return None if importlib.util.find_spec("setuptools") else "this Python has no setuptools"
 
 
+LONGEST, LONGEST_FILE = "test_every_layer_on_a_gpu", "tests/kernels/test_conv_kernel.py"
+
+
 def _tests(job: Job) -> list[list[str]]:
     """Side by side, for tests on a GPU wait for compilers. Of ``tests/kernels`` what launches: compiling alone needs no GPU."""
     marks = "(gpu or two_gpu) and not slow" if job.profile == "quick" else "gpu or two_gpu"
@@ -86,10 +89,14 @@ def _tests(job: Job) -> list[list[str]]:
         return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob(pattern))
 
     kernels = [*files("kernels/test_*_kernel.py"), "tests/kernels/test_handles.py"]
-    parts = [files("test_*.py")[i::2] for i in range(2)]
-    parts += [["tests/host", "tests/profiling"], *([kernels] if job.profile == "quick" else [[f] for f in kernels])]
+    parts = [files("test_*.py")[i::2] for i in range(2)] + [["tests/host", "tests/profiling"]]
+    parts += [kernels] if job.profile == "quick" else [[file] for file in kernels]
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-m", marks, *slow]
-    return [_python("-m", "pytest", *part, *options) for part in parts]
+    commands = [_python("-m", "pytest", *part, *options, "-k", f"not {LONGEST}") for part in parts]
+    if job.profile == "full":  # 36 layers and types, each of which compiles for half a minute: these four
+        layers = [f"{LONGEST} and bf16 and paper and conv{i}" for i in (2, 3, 4, 5)]
+        commands += [_python("-m", "pytest", LONGEST_FILE, *options, "-k", layer) for layer in layers]
+    return commands
 
 
 def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Job], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from alexnet_kernels import geometry
-from alexnet_kernels.kernels import _conv_choice, _launch
+from alexnet_kernels.kernels import _conv_backward_choice, _conv_choice, _launch
 from alexnet_kernels.ops import _choice
 from alexnet_kernels.profiling.timer import Timing, relative_error
 from bench import (
@@ -610,7 +611,7 @@ def test_tune_prunes_and_resumes(tmp_path: Path) -> None:
 
 def test_tune_keeps_its_budget(tmp_path: Path) -> None:
     kernels = ("lrn.vector_forward", "fused.strip_forward")
-    work, now = tuple(c for c in tune.candidates() if c.config.block == 128 and c.kernel in kernels), [0.0]
+    work, now = tuple(c for c in tune.candidates() if c.kernel in kernels and c.config.block == 128), [0.0]
     compiler, runner = _fakes([])
 
     def slow(kernel, chosen):
@@ -637,19 +638,35 @@ def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_kernel_that_can_be_tuned_is() -> None:
-    configured = {f"{family}.{name}" for family, module in tune_cases.FAMILIES.items() for name in module.CONFIGS}
-    assert set(tune_cases.KERNELS) == configured
+    """Each entry of a family's ``CONFIGS``; of convolutions, under the keys that the kernels ask the table for."""
+    plain = {f: module for f, module in tune_cases.FAMILIES.items() if not f.startswith("conv")}
+    configured = {f"{family}.{name}" for family, module in plain.items() for name in module.CONFIGS}
+    assert configured == {kernel for kernel in tune_cases.KERNELS if not kernel.startswith("conv")}
+    assert {f"conv_backward.{name}" for name in _conv_backward_choice.TILES} <= set(tune_cases.KERNELS)
+    for key in ("48x5x5-128", "256x3x3-384", "192x3x3-192", "192x3x3-128"):
+        assert {f"conv.many {key} 16 bits", f"conv.many {key} tf32"} <= set(tune_cases.KERNELS)
+    assert "conv_backward_sum.sum_shares" in tune_cases.KERNELS
+    assert list(tune_cases.KERNELS)[:2] == ["conv.many 48x5x5-128 16 bits", "conv.many 256x3x3-384 16 bits"]
+
+
+def _seen(launches: list[_launch.Launch]) -> set[tuple[object, ...]]:
+    return {(x.name, x.grid, x.num_warps, x.num_stages, *map(str, x.constants.items())) for x in launches}
 
 
 @pytest.mark.parametrize("kernel", tune_cases.KERNELS)
 def test_the_launches_of_a_candidate_are_planned_without_memory(kernel: str) -> None:
-    candidate = tune.Candidate(kernel, _launch.Config(32, 2))
-    module, name = candidate.place
-    launches = tune.plans(candidate)
-    assert len(launches) in (4, 12)
-    assert {launch.name for launch in launches} == {name}
-    assert {(launch.constants["BLOCK"], launch.num_warps) for launch in launches} == {(32, 2)}
-    assert module.CONFIGS[name] != candidate.config
+    """By way of the table, as a GPU will read it: no two candidates of a kernel give the same launch."""
+    candidates = [c for c in tune.candidates() if c.kernel == kernel]
+    assert 5 <= len(candidates) <= 12
+    default = _seen(tune.plans(candidates[0]))
+    module, _ = candidates[0].place
+    before = module.tuned
+    for candidate in candidates[1:3]:
+        launches = tune.plans(candidate)
+        assert len(launches) in (1, 2, 4, 12)
+        assert not default & _seen([x for x in launches if x.name != "sum_shares" or "sum" in kernel]), candidate.id
+        assert {launch.num_warps for launch in launches} >= {candidate.config.num_warps}
+    assert module.tuned is before
 
 
 @pytest.mark.slow
@@ -668,18 +685,59 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps that the interpreter gets through."""
     monkeypatch.setattr(tune_cases, "_norms", lambda: iter([((2, 16, 5, 5), (5, 2e-2, 0.75, 2.0, 2))]))
     monkeypatch.setattr(tune_cases, "_pools", lambda: iter([(2, 8, 5, 5)]))
+    monkeypatch.setattr(tune_cases, "_maps", lambda: iter([(2, 8, 3, 5), (3, 40)]))
+    monkeypatch.setattr(tune_cases, "_sizes", lambda: iter([100, 3]))
 
 
-@pytest.mark.parametrize("kernel", tune_cases.KERNELS)
-def test_a_wrong_launch_is_not_timed(small_network: None, kernel: str) -> None:
-    """In the interpreter, or on a GPU: what a kernel writes is right, and what it has not written is not."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tune.instead(tune.Candidate(kernel, _launch.Config(16, 1))):
+def _is_judged(kernel: str, config: object, device: str) -> None:
+    """What the kernel writes is right, and what it has not written is not."""
+    with tune.instead(tune.Candidate(kernel, config)):
         for case in tune.cases(kernel, device):
-            launch, truth = case.plan(), case.truth()
-            assert tune.why_wrong(case, launch, truth) is None
-            nothing = dataclasses.replace(launch, grid=(0,))
+            launches, truth = case.launches(), case.truth()
+            assert tune.why_wrong(case, launches, truth) is None
+            nothing = [dataclasses.replace(launch, grid=(0,)) for launch in launches]
             assert "relative error nan" in (tune.why_wrong(case, nothing, truth) or "")
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in tune_cases.KERNELS if not kernel.startswith("conv")])
+def test_a_wrong_launch_is_not_timed(small_network: None, kernel: str) -> None:
+    """In the interpreter, or on a GPU."""
+    block = 64 if kernel.startswith(("activation", "optim")) else 16
+    _is_judged(kernel, _launch.Config(block, 1), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+SMALL = tune_cases.Layer(32, 2, 32, 3, 2)
+
+
+@no_gpu
+def test_a_wrong_convolution_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, by two forms, forward; the table's key is what the kernel asks for."""
+    kernel, row = tune_cases.conv_row(SMALL, torch.float32, (64,))
+    assert kernel == "conv.many 16x3x3-16 tf32"
+    monkeypatch.setitem(tune_cases.KERNELS, kernel, row)
+    for form in ("batch_tile", "pixel_pair"):
+        tile = _launch.Tile(form, 64, 16, 16)
+        with tune.instead(tune.Candidate(kernel, tile)):
+            (launch,) = next(tune.cases(kernel, "cpu")).launches()
+        assert launch.name == form and launch.constants["BLOCK"][:2] == (64, 16)
+        _is_judged(kernel, tile, "cpu")
+
+
+@no_gpu
+@pytest.mark.parametrize("kind", ["input", "weight", "sum"])
+def test_a_wrong_gradient_is_not_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_cases, "HALF", torch.float16)  # the interpreter multiplies the bits of bf16 as if integers
+    if kind == "sum":
+        kernel, row = (
+            "conv_backward_sum.sum_shares",
+            tune_cases.Kernel((), functools.partial(tune_cases._sum, SMALL, 64)),
+        )
+        config: object = _launch.Config(64, 1)
+    else:
+        kernel, row = next(pair for pair in tune_cases.gradient_rows(SMALL, 64) if kind in pair[0])
+        config = dataclasses.replace(row.default, block_k=16, num_stages=2)
+    monkeypatch.setitem(tune_cases.KERNELS, kernel, row)
+    _is_judged(kernel, config, "cpu")
 
 
 def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
