@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -117,8 +117,14 @@ def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Jo
 
 
 def _layers(job: Job) -> list[list[str]]:
-    two = ["bench/test_model.py::test_two_devices"] if job.profile == "full" else []
-    return _bench("test_layers.py", *two, "-k", "not norm and not conv1")(job)
+    """fc6 and fc7, which come last in a network, first; in full the rest, and two devices."""
+    matrices = _bench("test_layers.py", "-k", "fc6 or fc7")
+    if job.profile == "quick":
+        return matrices(job)
+    rest = "not norm and not conv1 and not fc6 and not fc7"
+    others = _bench("test_model.py::test_two_devices", "bench/test_layers.py", "-k", rest)
+    half = replace(job, seconds=job.seconds / 2)
+    return [*matrices(half), *others(half)]
 
 
 def _kernels(job: Job) -> list[list[str]]:
@@ -169,44 +175,44 @@ STEPS = (
     Step(
         "conv",
         "conv2 to conv5: forms of the forward pass, dgrad and wgrad, each against cuDNN",
-        {"quick": 25, "full": 60},
+        {"quick": 25, "full": 52},
         _bench("test_conv.py"),
     ),
     Step(
         "tests",
         "the tests marked gpu and two_gpu, side by side; slow ones in full",
-        {"quick": 25, "full": 60},
+        {"quick": 23, "full": 56},
         _tests,
         together=True,
     ),
     Step(
         "ceilings",
         "matmul bf16, tf32, fp32; device copy; L2 read; a launch on the host",
-        {"quick": 15, "full": 22},
+        {"quick": 15, "full": 20},
         _bench("test_ceilings.py", "bench/test_launch.py"),
     ),
     Step(
         "stem",
-        "conv1 and the first block, from pixels, from fp32 and in the right type: inference, training, weight gradient",
-        {"quick": 20, "full": 50},
-        _bench("test_stem.py", "bench/test_layers.py", "-k", "conv1"),
+        "conv1 and the first block, in the right type (weight gradient), from pixels and from fp32: inference, training",
+        {"quick": 24, "full": 60},
+        _bench("test_layers.py", "bench/test_stem.py", "-k", "conv1 and (bf16 and 256 or from)"),
     ),
     Step(
         "lrn",
-        "LRN and LRN with pooling, forward and backward, against torch, torch.compile and cuDNN's own",
-        {"quick": 20, "full": 50},
+        "LRN and LRN with pooling, forward and backward, against torch and cuDNN's own, in full torch.compile",
+        {"quick": 18, "full": 52},
         _bench("test_layers.py", "-k", "norm"),
     ),
     Step(
         "model",
         "the optimiser's step; whole networks: inference, training step, as graphs, memory, first call, compile time",
-        {"quick": 22, "full": 75},
+        {"quick": 22, "full": 77},
         _bench("test_optim.py", "bench/test_model.py", "-k", "not two_devices"),
     ),
     Step(
         "sanitizer",
         f"compute-sanitizer {', '.join(CHECKS)} side by side, every kernel on small cases",
-        {"quick": 13, "full": 40},
+        {"quick": 13, "full": 34},
         _sanitizer,
         why_not=_no_sanitizer,
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
@@ -214,11 +220,11 @@ STEPS = (
     ),
     Step(
         "layers",
-        "conv2 to conv5 with ReLU and whole groups, both passes at once; pooling; fc6 to fc8; in full two devices",
-        {"quick": 10, "full": 40},
+        "fc6 and fc7; in full two devices, conv2 to conv5 with ReLU and whole groups, both gradients at once, pooling",
+        {"quick": 10, "full": 54},
         _layers,
     ),
-    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 10, "full": 28}, _compare),
+    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 10, "full": 20}, _compare),
 )
 FIGURES = ("speedup", "roofline", "throughput")
 FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json", "report.md", *(f"<gpu>-{name}.png" for name in FIGURES))

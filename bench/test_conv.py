@@ -140,7 +140,8 @@ def measure_gradient(run: str, problem: Problem, seconds: float, samples: int, s
 
 def measure_pass(run: str, problem: Problem, **limits: float) -> Row:
     if run == "forward":
-        return measure_problem(problem, chosen=chosen(problem), **limits)  # type: ignore[arg-type]
+        row = measure_problem(problem, chosen=chosen(problem), **limits)  # type: ignore[arg-type]
+        return row | {"case": f"{problem.id}/forms"}
     return measure_gradient(run, problem, **limits)  # type: ignore[arg-type]
 
 
