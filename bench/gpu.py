@@ -118,7 +118,7 @@ def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Jo
 
 def _layers(job: Job) -> list[list[str]]:
     """fc6 and fc7, which come last in a network, first; in full the rest, and two devices."""
-    matrices = _bench("test_layers.py", "-k", "fc6 or fc7")
+    matrices = _bench("test_layers.py", "bench/test_dropout.py", "-k", "(fc6 or fc7) and bf16 and 256")
     if job.profile == "quick":
         return matrices(job)
     rest = "not norm and not conv1 and not fc6 and not fc7"
@@ -181,7 +181,7 @@ STEPS = (
     Step(
         "tests",
         "the tests marked gpu and two_gpu, side by side; slow ones in full",
-        {"quick": 23, "full": 56},
+        {"quick": 23, "full": 54},
         _tests,
         together=True,
     ),
@@ -200,7 +200,7 @@ STEPS = (
     Step(
         "lrn",
         "LRN and LRN with pooling, forward and backward, against torch and cuDNN's own, in full torch.compile",
-        {"quick": 18, "full": 52},
+        {"quick": 18, "full": 50},
         _bench("test_layers.py", "-k", "norm"),
     ),
     Step(
@@ -220,8 +220,8 @@ STEPS = (
     ),
     Step(
         "layers",
-        "fc6 and fc7; in full two devices, conv2 to conv5 with ReLU and whole groups, both gradients at once, pooling",
-        {"quick": 10, "full": 54},
+        "fc6 and fc7, with dropout too; in full two devices, conv2 to conv5 with ReLU, whole groups, pooling",
+        {"quick": 10, "full": 58},
         _layers,
     ),
     Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 10, "full": 20}, _compare),

@@ -4,7 +4,8 @@
 
 Dropout is set to 0, so that results can be checked against fp64; the learning rate too, so that each step does the same.
 The timer replays every contender from a CUDA graph where it can be captured. "graphed" is what a user of ours gets without
-writing one, with the copies into and out of the graph: ``models.graphed``, and ``models.graphed_step`` with ``optim.SGD``.
+writing one, with the copies into and out of the graph: ``models.graphed``, depth first and with the whole batch at once, and
+``models.graphed_step`` with ``optim.SGD``.
 In half types that optimiser has its weights in fp32, torch's has them in the half type: ours moves more there, and is exact.
 "Build" and "first call" are seconds, compilation among them; compilations find an empty cache. Peak memory is torch's count of
 one call on a GPU. Two devices are two GPUs, or one device twice, and the row says which.
@@ -114,11 +115,13 @@ def _our_step(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> 
     return step
 
 
-def _graphed(whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Call:
+def _graphed(
+    whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, micro_batch: int | None = None
+) -> Call:
     """The whole as one graph, which the timer's cannot hold."""
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=whole.track == "amp"):
         if whole.run == "inference":
-            network = models.graphed(model.eval(), x)
+            network = models.graphed(model.eval(), x, micro_batch)
         else:
             step = models.graphed_step(model.train(), _loss, _sgd(model), (x, labels))
 
@@ -224,7 +227,10 @@ def _builders(
     }
     if DEVICE.type == "cuda":
         found["ours graphed channels_last"] = lambda: make(ours, "channels_last", way=_graphed)
-        if whole.run == "training":
+        if whole.run == "inference":
+            at_once = functools.partial(_graphed, micro_batch=whole.batch)
+            found["ours graphed at once channels_last"] = lambda: make(ours, "channels_last", way=at_once)
+        else:
             stepped = functools.partial(_call, stepping=_our_step)
             found["ours optim.SGD channels_last"] = lambda: make(ours, "channels_last", way=stepped)
     if whole.network == "torchvision":

@@ -25,6 +25,7 @@ from bench import (
     rows,
     small_cases,
     test_conv,
+    test_dropout,
     test_layers,
     test_model,
     test_stem,
@@ -275,6 +276,28 @@ def test_a_stem_counts_its_image_as_it_comes() -> None:
     assert both == {"flops": problem.flops + backward.flops, "bytes": problem.bytes + backward.bytes - 2 * image}
 
 
+@pytest.mark.parametrize("name", ["ours", "eager"])
+def test_dropout_is_judged_by_what_was_kept(name: str) -> None:
+    problem = dataclasses.replace(test_dropout.problem_of("fc6", "fp32", 16, "tiny"), device=test_dropout.DEVICE)
+    data, layer = tensors(problem), getattr(test_dropout, name)
+    found = test_dropout.call(layer, data)()
+    assert test_dropout.why_wrong(problem, data, found) is None
+    assert "relative errors" in (test_dropout.why_wrong(problem, data, (*found[:3], found[3] * 1.01)) or "")
+    everything = test_dropout.call(lambda *t: torch.relu(torch.nn.functional.linear(*t)) * 2, data)()
+    assert "of the outputs were kept" in (test_dropout.why_wrong(problem, data, everything) or "")
+
+
+def test_a_row_with_dropout() -> None:
+    problem = dataclasses.replace(test_dropout.problem_of("fc7", "fp32", 8, "tiny"), device="cpu")
+    layers = {"ours": test_dropout.ours, "eager": test_dropout.eager, "compile": lambda *t: 1 / 0}
+    row = test_dropout.measure(problem, layers, seconds=0.0, samples=2, sample_ms=0.001)
+    assert {name: entry["status"] for name, entry in row["contenders"].items()} == {
+        "ours": "ok", "eager": "ok", "compile": "wrong"
+    }  # fmt: skip
+    assert row["ours"] == "ours" and row["baseline"] == "eager"
+    assert "ZeroDivisionError" in row["contenders"]["compile"]["reason"]
+
+
 # ------------------------------------------------------------------------------------------------------ whole networks
 
 
@@ -299,6 +322,7 @@ def test_networks_as_graphs(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     budget = dataclasses.make_dataclass("Budget", ["compiled", "autotune"])("first", False)
     found = test_model._builders(dataclasses.replace(whole, network="paper"), weights, x, labels, budget)
     assert "ours graphed channels_last" in found
+    assert ("ours graphed at once channels_last" in found) == (run == "inference")
     assert ("ours optim.SGD channels_last" in found) == (run == "training")
     assert not any(name.startswith("compile") for name in found)
 
@@ -306,7 +330,7 @@ def test_networks_as_graphs(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_short_run_compiles() -> None:
     """What a compiler may fuse, once; convolutions with their ReLU have cuDNN's fusion beside them."""
     found = {p.unit.name for p in problems("cuda") if test_layers.is_worth_compiling(p)}
-    assert found == {"norm1+pool1", "norm2+pool2", "conv2 group", "conv5 group", "fc6+relu6", "fc7+relu7"}
+    assert found == {"norm1+pool1", "norm2+pool2", "conv2 group", "conv5 group"}
     assert all((p.track, p.batch) == ("bf16", 256) for p in problems("cuda") if test_layers.is_worth_compiling(p))
 
 
