@@ -19,6 +19,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 from alexnet_kernels import functional as F
+from alexnet_kernels import use_backend
 from alexnet_kernels.geometry import LRN, Conv, LayerFacts, Linear, MaxPool, ReLU
 
 from . import cudnn
@@ -324,12 +325,34 @@ def _ours(problem: Problem) -> Network:
     return our_network(problem.unit.facts)
 
 
+def _other_backward(problem: Problem) -> str | None:
+    """Where CUDA's and Triton's fused gradient both exist: ``ops/fused.py`` takes one first, by count."""
+    if problem.unit.kind != "lrn+pool" or problem.run != "backward" or problem.track == "amp":
+        return "is the gradient of LRN and pooling as one"
+    return _gpu(problem)
+
+
+def _on(backend: str, layout: str) -> Callable[[Problem, Tensors], Call]:
+    def network(problem: Problem) -> Network:
+        inner = _ours(problem)
+
+        def run(x: Tensor, *weights: Tensor) -> Tensor:
+            with use_backend(backend):
+                return inner(x, *weights)
+
+        return run
+
+    return _eager(network, layout)
+
+
 _FORCED = {"layout_optimization": True, "force_layout_optimization": True}
 _AUTOTUNE = {"max_autotune": True}  # without Inductor's own CUDA graphs: the timer captures every contender alike
 
 OURS = (
     Contender("ours nchw", _always, _eager(_ours, "nchw")),
     Contender("ours channels_last", _needs_maps, _eager(_ours, "channels_last")),
+    Contender("ours by Triton nchw", _other_backward, _on("triton", "nchw")),
+    Contender("ours by Triton channels_last", _other_backward, _on("triton", "channels_last")),
 )
 BASELINES = (
     Contender("eager nchw", _always, _eager(_stock, "nchw")),

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """One part of the run. Its commands get equal shares of its time."""
+    """One part of the run. Its commands get equal shares of its time, or run side by side (``together``) for all of it."""
 
     name: str
     what: str
@@ -56,6 +56,7 @@ class Step:
     commands: Callable[[Job], list[list[str]]]
     why_not: Callable[[], str | None] = lambda: None
     environment: tuple[tuple[str, str], ...] = ()
+    together: bool = False
 
 
 def _python(*arguments: str) -> list[str]:
@@ -76,13 +77,26 @@ def _no_build() -> str | None:
     return None if importlib.util.find_spec("setuptools") else "this Python has no setuptools"
 
 
+LONGEST, LONGEST_FILE = "test_every_layer_on_a_gpu", "tests/kernels/test_conv_kernel.py"
+
+
 def _tests(job: Job) -> list[list[str]]:
+    """Side by side, for tests on a GPU wait for compilers. Of ``tests/kernels`` what launches: compiling alone needs no GPU."""
     marks = "(gpu or two_gpu) and not slow" if job.profile == "quick" else "gpu or two_gpu"
     slow = [] if job.profile == "quick" else ["--run-slow"]
-    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("test_*.py"))
-    folders = ["tests/profiling", "tests/kernels"]  # the last for longest: each of its tests is a compilation or more
+
+    def files(pattern: str) -> list[str]:
+        return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob(pattern))
+
+    kernels = [*files("kernels/test_*_kernel.py"), "tests/kernels/test_handles.py"]
+    parts = [files("test_*.py")[i::2] for i in range(2)] + [["tests/host", "tests/profiling"]]
+    parts += [kernels] if job.profile == "quick" else [[file] for file in kernels]
     options = ["-q", "-ra", "-p", "no:cacheprovider", "-m", marks, *slow]
-    return [_python("-m", "pytest", *files, *folders, *options)]
+    commands = [_python("-m", "pytest", *part, *options, "-k", f"not {LONGEST}") for part in parts]
+    if job.profile == "full":  # 36 layers and types, each of which compiles for half a minute: these four
+        layers = [f"{LONGEST} and bf16 and paper and conv{i}" for i in (2, 3, 4, 5)]
+        commands += [_python("-m", "pytest", LONGEST_FILE, *options, "-k", layer) for layer in layers]
+    return commands
 
 
 def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Job], list[list[str]]]:
@@ -102,15 +116,29 @@ def _bench(file: str, *arguments: str, full: Sequence[str] = ()) -> Callable[[Jo
     return command
 
 
+def _layers(job: Job) -> list[list[str]]:
+    """fc6 and fc7, which come last in a network, first; in full the rest, and two devices."""
+    matrices = _bench("test_layers.py", "bench/test_dropout.py", "-k", "(fc6 or fc7) and bf16 and 256")
+    if job.profile == "quick":
+        return matrices(job)
+    rest = "not norm and not conv1 and not fc6 and not fc7"
+    others = _bench("test_model.py::test_two_devices", "bench/test_layers.py", "-k", rest)
+    half = replace(job, seconds=job.seconds / 2)
+    return [*matrices(half), *others(half)]
+
+
 def _kernels(job: Job) -> list[list[str]]:
-    return [_python("-m", "bench.small_cases", "--all-cores")]
+    return [_python("-m", "bench.small_cases", "--all-cores"), _python("-m", "bench.warm")]
+
+
+CHECKS = ("memcheck", "racecheck", "synccheck")
 
 
 def _sanitizer(job: Job) -> list[list[str]]:
-    """The step before has filled Triton's cache: under a sanitizer nothing should be compiled."""
+    """The step ``kernels`` has filled Triton's cache: under a sanitizer nothing should be compiled."""
     tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    cases = _python("-m", "bench.small_cases", "--seconds", f"{max(1.0, 0.8 * job.seconds / 2 - 5):.0f}")
-    return [[tool, "--tool", check, "--error-exitcode", "9", *cases] for check in ("memcheck", "racecheck")]
+    cases = _python("-m", "bench.small_cases", "--seconds", f"{max(1.0, 0.8 * job.seconds - 5):.0f}")
+    return [[tool, "--tool", check, "--error-exitcode", "9", *cases] for check in CHECKS]
 
 
 def _no_sanitizer() -> str | None:
@@ -126,56 +154,77 @@ def _compare(job: Job) -> list[list[str]]:
     ]
 
 
-# Most important first: is it right, what could the card do, the kernels that exist, then everything else.
+# Most important first: is it right, are the convolutions quicker than cuDNN's, the tests, what could the card do, then the
+# other kernels, whole networks, and everything else.
 STEPS = (
     Step(
         "build",
         "the compiled libraries, as far as this machine can; what it cannot is left out of the rest",
-        {"quick": 30, "full": 40},
+        {"quick": 40, "full": 60},
         _build,
         why_not=_no_build,
         environment=(("ALEXNET_KERNELS_BUILD", "auto"),),
     ),
     Step(
         "kernels",
-        "every kernel on small cases against fp64, compiled by all cores at once",
-        {"quick": 20, "full": 30},
+        "every kernel on small cases against fp64; what the benchmarks launch, compiled by all cores at once",
+        {"quick": 25, "full": 40},
         _kernels,
+        together=True,
     ),
-    Step("tests", "the tests marked gpu and two_gpu; slow ones in full", {"quick": 30, "full": 90}, _tests),
+    Step(
+        "conv",
+        "conv2 to conv5: forms of the forward pass, dgrad and wgrad, each against cuDNN",
+        {"quick": 25, "full": 52},
+        _bench("test_conv.py"),
+    ),
+    Step(
+        "tests",
+        "the tests marked gpu and two_gpu, side by side; slow ones in full",
+        {"quick": 23, "full": 54},
+        _tests,
+        together=True,
+    ),
     Step(
         "ceilings",
         "matmul bf16, tf32, fp32; device copy; L2 read; a launch on the host",
-        {"quick": 20, "full": 25},
+        {"quick": 15, "full": 20},
         _bench("test_ceilings.py", "bench/test_launch.py"),
     ),
     Step(
+        "stem",
+        "conv1 and the first block, in the right type (weight gradient), from pixels and from fp32: inference, training",
+        {"quick": 24, "full": 60},
+        _bench("test_layers.py", "bench/test_stem.py", "-k", "conv1 and (bf16 and 256 or from)"),
+    ),
+    Step(
         "lrn",
-        "LRN and LRN with pooling, forward and backward, against torch, torch.compile and cuDNN's own",
-        {"quick": 35, "full": 70},
+        "LRN and LRN with pooling, forward and backward, against torch and cuDNN's own, in full torch.compile",
+        {"quick": 18, "full": 50},
         _bench("test_layers.py", "-k", "norm"),
     ),
     Step(
+        "model",
+        "the optimiser's step; whole networks: inference, training step, as graphs, memory, first call, compile time",
+        {"quick": 22, "full": 77},
+        _bench("test_optim.py", "bench/test_model.py", "-k", "not two_devices"),
+    ),
+    Step(
         "sanitizer",
-        "compute-sanitizer memcheck and racecheck of every kernel on small cases",
-        {"quick": 25, "full": 40},
+        f"compute-sanitizer {', '.join(CHECKS)} side by side, every kernel on small cases",
+        {"quick": 13, "full": 34},
         _sanitizer,
         why_not=_no_sanitizer,
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+        together=True,
     ),
     Step(
         "layers",
-        "every other layer and fused group: convolutions in both layouts and as split towers, pooling, fc",
-        {"quick": 25, "full": 110},
-        _bench("test_layers.py", "-k", "not norm"),
+        "fc6 and fc7, with dropout too; in full two devices, conv2 to conv5 with ReLU, whole groups, pooling",
+        {"quick": 10, "full": 58},
+        _layers,
     ),
-    Step(
-        "model",
-        "paper and torchvision networks: inference, training step, two devices, memory, first call, compile time",
-        {"quick": 25, "full": 70},
-        _bench("test_model.py"),
-    ),
-    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 15, "full": 50}, _compare),
+    Step("compare", "alexnet-kernels compare, batch 128, photographs or noise", {"quick": 10, "full": 20}, _compare),
 )
 FIGURES = ("speedup", "roofline", "throughput")
 FILES = ("gpu.json", "gpu.log", "<gpu>/<date>-<digest>.json", "report.md", *(f"<gpu>-{name}.png" for name in FIGURES))
@@ -209,11 +258,11 @@ def run_steps(
     log: TextIO,
     finished: Callable[[list[Done]], None],
     *,
-    execute: Callable[[Sequence[str], dict[str, str], float, TextIO], tuple[int | None, str]] | None = None,
+    execute: Callable[[Sequence[Sequence[str]], dict[str, str], float, TextIO], list[Ended]] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Done]:
     """Run the steps; none goes on after the total budget, and none but the first failing one can hurt the others."""
-    execute = execute or run_command
+    execute = execute or run_commands
     begin, owed, done = clock(), 0.0, list[Done]()
     for step, own in planned:
         owed += own
@@ -232,15 +281,16 @@ def run_steps(
         status, reason, what = "passed", "", job(step, seconds)
         try:
             commands = step.commands(what)
-            for i, command in enumerate(commands):
-                share = (seconds - (clock() - started)) / (len(commands) - i)
-                code, last = execute(command, dict(step.environment), max(1.0, share), log)
-                if code is None:
-                    status, reason = "stopped", f"after {share:.0f} s"
-                elif code:
-                    status, reason = "failed", f"exit status {code}: {last}"
-                elif status == "passed":
-                    reason = last
+            rounds = [commands] if step.together else [[command] for command in commands]
+            for i, at_once in enumerate(rounds):
+                share = (seconds - (clock() - started)) / (len(rounds) - i)
+                for code, last in execute(at_once, dict(step.environment), max(1.0, share), log):
+                    if code and status != "failed":
+                        status, reason = "failed", f"exit status {code}: {last}"
+                    elif code is None and status == "passed":
+                        status, reason = "stopped", f"after {share:.0f} s"
+                    elif status == "passed":
+                        reason = "; ".join(filter(None, (reason, last))) if step.together else last
         except Exception as error:
             status, reason = "failed", f"{type(error).__name__}: {error}"
         done.append(Done(step.name, status, reason, round(clock() - started, 1), read_rows(what.rows)))
@@ -249,46 +299,67 @@ def run_steps(
     return done
 
 
-def run_command(
-    command: Sequence[str], environment: dict[str, str], seconds: float, log: TextIO
-) -> tuple[int | None, str]:
-    """Exit status (None: stopped after ``seconds``) and the last line of output; all of it goes to ``log``."""
-    log.write(f"\n$ {' '.join(command)}\n")
-    log.flush()
-    place = log.tell()
+Ended = tuple[int | None, str]  # exit status (None: stopped), and the last line of output
+
+
+def run_commands(
+    commands: Sequence[Sequence[str]], environment: dict[str, str], seconds: float, log: TextIO
+) -> list[Ended]:
+    """How each ended, all of them side by side for ``seconds``; their output goes to ``log``, of several one after the other."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        code: int | None = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        code = None
-    except BaseException:
-        _stop(process)
-        raise
-    if code is None:
-        _stop(process)
-    log.flush()
-    with Path(log.name).open(errors="replace") as written:
+    deadline, processes = time.monotonic() + seconds, list[subprocess.Popen[bytes]]()
+    with contextlib.ExitStack() as stack:
+        alone = len(commands) == 1
+        outs: list[Any] = [log if alone else stack.enter_context(tempfile.NamedTemporaryFile("w+")) for _ in commands]
+        for command, out in zip(commands, outs, strict=True):
+            out.write(f"\n$ {' '.join(command)}\n")
+            out.flush()
+        places = [out.tell() for out in outs]
+        try:
+            for command, out in zip(commands, outs, strict=True):
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env={**os.environ, "PYTHONPATH": path, **environment},
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            _stop(processes)
+            raise
+        codes = [process.poll() for process in processes]
+        _stop([process for process, code in zip(processes, codes, strict=True) if code is None])
+        ended = [(code, _last_line(out.name, at)) for code, out, at in zip(codes, outs, places, strict=True)]
+        for out in () if alone else outs:
+            log.write(Path(out.name).read_text(errors="replace"))
+        log.flush()
+    return ended
+
+
+def _last_line(path: str, place: int) -> str:
+    with Path(path).open(errors="replace") as written:
         written.seek(place)
         lines = [line.strip() for line in written if line.strip()]
-    return code, lines[-1][:200] if lines else ""
+    return lines[-1][:200] if lines else ""
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The step and all it started, first politely: pytest then still writes what it has."""
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """The processes and all they started, first politely: pytest then still writes what it has."""
     for number, patience in ((signal.SIGINT, 3.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience)
-            return
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + patience
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -77,6 +77,25 @@ def _clocks(summary: Any) -> Row:
     return found
 
 
+def row_of(problem: Problem) -> Row:
+    """What a row says of a problem, before anybody has run it."""
+    return {
+        "section": "layers",
+        "case": problem.id,
+        "variant": problem.unit.variant,
+        "unit": problem.unit.name,
+        "kind": problem.unit.kind,
+        "pass": problem.run,
+        "track": problem.track,
+        "batch": problem.batch,
+        "device": torch.device(problem.device).type,
+        "flops": problem.flops,
+        "bytes": problem.bytes,
+        "contenders": {},
+        "left out": {},
+    }
+
+
 def measure_problem(
     problem: Problem,
     *,
@@ -92,21 +111,7 @@ def measure_problem(
     device = torch.device(problem.device)
     found, left_out = baselines.contenders(problem, compiled=compiled, autotune=autotune)
     contenders = list(chosen) if chosen is not None else found
-    row: Row = {
-        "section": "layers",
-        "case": problem.id,
-        "variant": problem.unit.variant,
-        "unit": problem.unit.name,
-        "kind": problem.unit.kind,
-        "pass": problem.run,
-        "track": problem.track,
-        "batch": problem.batch,
-        "device": device.type,
-        "flops": problem.flops,
-        "bytes": problem.bytes,
-        "contenders": {},
-        "left out": left_out,
-    }
+    row = row_of(problem) | {"left out": left_out}
     with precision(problem.track):
         data = tensors(problem)
         exact = baselines.truth(problem, data)

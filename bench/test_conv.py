@@ -1,25 +1,33 @@
-"""Which form of the Triton convolution is the quickest, on conv2 to conv5, and is it quicker than cuDNN in either layout?
+"""Which form of the Triton convolution is the quickest, on conv2 to conv5, and is each pass quicker than cuDNN in either layout?
 
     pytest bench/test_conv.py --benchmark-only [-k "conv3 and bf16"] [--result DIR]
 
-``kernels/conv.py`` chooses by counting; this measures. Every form that can take a layer is a contender, and so is cuDNN as
-torch calls it: NCHW and channels_last, as towers one by one, and with its own fused ReLU. Group-major rows of a grouped layer
-get the buffer they need, which costs whoever writes it nothing; the rest reads channels_last maps.
+``kernels/conv.py`` chooses by counting; this measures. Forward, every form that can take a layer is a contender, and so is
+cuDNN as torch calls it: NCHW and channels_last, as towers one by one, and with its own fused ReLU. Group-major rows of a
+grouped layer get the buffer they need, which costs whoever writes it nothing; the rest reads channels_last maps. dgrad and
+wgrad are rows of their own: the bare pass, ours against cuDNN's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
+from alexnet_kernels import reference
 from alexnet_kernels.geometry import Conv
 from alexnet_kernels.kernels import conv as kernel
+from alexnet_kernels.ops._choice import PASSES, Facts
+from alexnet_kernels.profiling import timer
 
-from .baselines import Call, Contender, contenders
-from .cases import Problem, Tensors, units
-from .rows import measure_problem
+from . import choose
+from .baselines import Call, Contender, buffer_bytes, contenders
+from .cases import Problem, Tensors, Unit, precision, units
+from .rows import Row, measure_builders, measure_problem, row_of, tolerance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("batch_tile", "pixel_pair", "group_major", "pointer_rows")
@@ -33,6 +41,9 @@ def _problem(layer: str, track: str, batch: int) -> Problem:
 
 
 PROBLEMS = [_problem(layer, track, batch) for track, batch in CASES for layer in LAYERS]
+QUESTIONS = [
+    (run, problem) for case in zip(*[iter(PROBLEMS)] * len(LAYERS), strict=True) for run in PASSES for problem in case
+]
 
 
 def _precision(problem: Problem) -> str:
@@ -80,17 +91,64 @@ def chosen(problem: Problem) -> list[Contender]:
     return [c for c in (*OURS, *theirs) if c.why_not(problem) is None and (c in OURS or not c.ours)]
 
 
+def facts_of(run: str, problem: Problem) -> Facts:
+    """A pass of a layer's convolution, without bias and ReLU, as ``ops`` sees it."""
+    op, unit = problem.unit.op(Conv), problem.unit
+    assert isinstance(op, Conv)
+    weight = (unit.output[0], unit.input[0] // op.groups, op.kernel, op.kernel)
+    numbers = ((op.stride,) * 2, (op.padding,) * 2, (1, 1), op.groups)
+    dtype = problem.track if problem.track == "tf32" else str(problem.dtype)[6:]
+    return Facts(run, dtype, True, (problem.batch, *unit.input), weight, *numbers, False)  # type: ignore[arg-type]
+
+
+def gradient_builders(facts: Facts, sets: list[tuple[Tensor, ...]]) -> dict[str, Callable[[], list[Call]]]:
+    """A gradient by us, and by cuDNN in both layouts, whole and tower by tower."""
+    ways = {"ours triton": ("triton", True), "cudnn channels_last": ("cudnn", True), "cudnn nchw": ("cudnn", False)}
+    if facts.groups > 1:
+        ways |= {
+            f"{name.replace(' ', ' split towers ')}": ("cudnn split", at) for name, (_, at) in list(ways.items())[1:]
+        }
+
+    def build(way: str, last: bool) -> list[Call]:
+        laid = sets if last else [tuple(t.contiguous() for t in tensors) for tensors in sets]
+        return [partial(choose.call, facts, way, *tensors) for tensors in laid]
+
+    return {name: partial(build, *how) for name, how in ways.items()}
+
+
+def gradient_truth(facts: Facts, x: Tensor, weight: Tensor, dz: Tensor) -> Tensor:
+    mask = (facts.run == "dgrad", facts.run == "wgrad", False)
+    numbers = (facts.stride, facts.padding, facts.dilation, facts.groups)
+    found = reference.conv2d_backward(dz.double(), x.double(), weight.double(), None, *numbers, mask)
+    return found[0] if mask[0] else found[1]
+
+
+def measure_gradient(run: str, problem: Problem, seconds: float, samples: int, sample_ms: float) -> Row:
+    """One pass alone; operations are the forward's, bytes each of input, weight and gradient of the output once."""
+    alone = replace(problem, unit=Unit(problem.unit.variant, problem.unit.facts[0].name, problem.unit.facts[:1]))
+    facts, device = facts_of(run, problem), torch.device(problem.device)
+    row = row_of(alone) | {"case": alone.id.replace("/forward/", f"/{run}/"), "pass": run}
+    with precision(problem.track):
+        copies = row["buffer sets"] = timer.rotation(buffer_bytes(alone), device)
+        sets = [choose.tensors(facts, device) for _ in range(copies)]
+        exact = (gradient_truth(facts, *sets[0][:3]),)
+        limit = tolerance(replace(alone, run="backward"))
+        limits = {"seconds": seconds, "samples": samples, "sample_ms": sample_ms}
+        measure_builders(row, gradient_builders(facts, sets), exact, limit, device, **limits)
+    return row
+
+
+def measure_pass(run: str, problem: Problem, **limits: float) -> Row:
+    if run == "forward":
+        row = measure_problem(problem, chosen=chosen(problem), **limits)  # type: ignore[arg-type]
+        return row | {"case": f"{problem.id}/forms"}
+    return measure_gradient(run, problem, **limits)  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: Triton has nothing to compile for on a CPU")
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.id)
-def test_forms(problem: Problem, collect, budget) -> None:
-    row = collect(
-        lambda: measure_problem(
-            problem,
-            seconds=budget.seconds,
-            samples=budget.samples,
-            sample_ms=budget.sample_ms,
-            chosen=chosen(problem),
-        )
-    )
+@pytest.mark.parametrize(("run", "problem"), QUESTIONS, ids=lambda part: part if isinstance(part, str) else part.id)
+def test_pass(run: str, problem: Problem, collect, budget) -> None:
+    limits = {"seconds": budget.seconds, "samples": budget.samples, "sample_ms": budget.sample_ms}
+    row = collect(lambda: measure_pass(run, problem, **limits))
     ours = {name: entry for name, entry in row["contenders"].items() if name.startswith("ours")}
     assert all(entry["status"] == "ok" for entry in ours.values()), ours

@@ -3,12 +3,17 @@
     pytest bench/test_model.py --benchmark-only
 
 Dropout is set to 0, so that results can be checked against fp64; the learning rate too, so that each step does the same.
+The timer replays every contender from a CUDA graph where it can be captured. "graphed" is what a user of ours gets without
+writing one, with the copies into and out of the graph: ``models.graphed``, depth first and with the whole batch at once, and
+``models.graphed_step`` with ``optim.SGD``.
+In half types that optimiser has its weights in fp32, torch's has them in the half type: ours moves more there, and is exact.
 "Build" and "first call" are seconds, compilation among them; compilations find an empty cache. Peak memory is torch's count of
 one call on a GPU. Two devices are two GPUs, or one device twice, and the row says which.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Callable
@@ -19,7 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 
-from alexnet_kernels import geometry, models
+from alexnet_kernels import geometry, models, optim
 from alexnet_kernels.comparison.run import training_step
 from alexnet_kernels.comparison.stock import stock_alexnet
 from alexnet_kernels.models import TwoDeviceAlexNet
@@ -90,7 +95,55 @@ def _ends(model: torch.nn.Module) -> tuple[torch.Tensor, ...]:
     return found[0], found[-2]
 
 
-def _call(whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, body: Any = None) -> Call:
+def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return TF.cross_entropy(logits.float(), labels)
+
+
+def _sgd(model: torch.nn.Module) -> optim.SGD:
+    return optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+
+
+def _our_step(model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """``comparison.run.training_step`` with our optimiser."""
+    optimiser = _sgd(model)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        _loss(model(x), labels).backward()
+        optimiser.step()
+
+    return step
+
+
+def _graphed(
+    whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, micro_batch: int | None = None
+) -> Call:
+    """The whole as one graph, which the timer's cannot hold."""
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=whole.track == "amp"):
+        if whole.run == "inference":
+            network = models.graphed(model.eval(), x, micro_batch)
+        else:
+            step = models.graphed_step(model.train(), _loss, _sgd(model), (x, labels))
+
+    def call() -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if DEVICE.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("is a CUDA graph already")
+        if whole.run == "inference":
+            return network(x)
+        step(x, labels)
+        return _ends(model)
+
+    return call
+
+
+def _call(
+    whole: Whole,
+    model: torch.nn.Module,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    body: Any = None,
+    stepping: Callable[..., Callable[[], None]] = training_step,
+) -> Call:
     """``body`` runs (a compiled one, or the model itself), ``model`` has the parameters."""
     body = body or model
 
@@ -109,7 +162,7 @@ def _call(whole: Whole, model: torch.nn.Module, x: torch.Tensor, labels: torch.T
 
         return forward
     model.train()
-    step = training_step(_Runs(model, run), x, labels)
+    step = stepping(_Runs(model, run), x, labels)
 
     def train() -> tuple[torch.Tensor, ...]:
         step()
@@ -144,15 +197,17 @@ def _truth(
 def _builders(
     whole: Whole, weights: dict[str, torch.Tensor], x: torch.Tensor, labels: torch.Tensor, budget
 ) -> dict[str, Callable[[], list[Call]]]:
-    def make(new: Callable[..., torch.nn.Module], layout: str, options: dict[str, Any] | None = None) -> list[Call]:
+    def make(
+        new: Callable[..., torch.nn.Module], layout: str, options: dict[str, Any] | None = None, way: Any = _call
+    ) -> list[Call]:
         model = new(whole.variant)
         model.load_state_dict(weights)
         kind = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         model = model.to(DEVICE, TRACKS[whole.track], memory_format=kind)
-        body = None
+        images = x.contiguous(memory_format=kind)
         if options is not None:
-            body = torch.compile(model, dynamic=False, options=options or None)
-        return [_call(whole, model, x.contiguous(memory_format=kind), labels, body)]
+            return [_call(whole, model, images, labels, torch.compile(model, dynamic=False, options=options or None))]
+        return [way(whole, model, images, labels)]
 
     def theirs(variant: geometry.Variant) -> torch.nn.Module:
         import torchvision
@@ -170,9 +225,17 @@ def _builders(
         "eager nchw": lambda: make(stock, "nchw"),
         "eager channels_last": lambda: make(stock, "channels_last"),
     }
+    if DEVICE.type == "cuda":
+        found["ours graphed channels_last"] = lambda: make(ours, "channels_last", way=_graphed)
+        if whole.run == "inference":
+            at_once = functools.partial(_graphed, micro_batch=whole.batch)
+            found["ours graphed at once channels_last"] = lambda: make(ours, "channels_last", way=at_once)
+        else:
+            stepped = functools.partial(_call, stepping=_our_step)
+            found["ours optim.SGD channels_last"] = lambda: make(ours, "channels_last", way=stepped)
     if whole.network == "torchvision":
         found["torchvision.models.alexnet"] = lambda: make(theirs, "nchw")
-    first = whole.track == "bf16" and whole.batch == 256
+    first = whole.network == "paper" and whole.track == "bf16" and whole.batch == 256
     if DEVICE.type == "cuda" and (budget.compiled == "all" or (first and budget.compiled == "first")):
         found |= {
             "compile nchw": lambda: make(stock, "nchw", {}),

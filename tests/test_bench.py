@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -13,10 +14,25 @@ import pytest
 import torch
 
 from alexnet_kernels import geometry
-from alexnet_kernels.kernels import _conv_choice, _launch
+from alexnet_kernels.kernels import _conv_backward_choice, _conv_choice, _launch
 from alexnet_kernels.ops import _choice
 from alexnet_kernels.profiling.timer import Timing, relative_error
-from bench import baselines, choose, cudnn, gpu, rows, small_cases, test_conv, tune, tune_cases
+from bench import (
+    baselines,
+    choose,
+    cudnn,
+    gpu,
+    rows,
+    small_cases,
+    test_conv,
+    test_dropout,
+    test_layers,
+    test_model,
+    test_stem,
+    tune,
+    tune_cases,
+    warm,
+)
 from bench.cases import PASSES, TRACKS, Problem, Unit, precision, problems, tensors, units
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -209,6 +225,132 @@ def test_every_form_of_the_convolution_is_a_contender(groups: int, monkeypatch: 
         assert relative_error(contender.build(problem, data), exact) < rows.tolerance(problem)
 
 
+@pytest.mark.parametrize("run", ["dgrad", "wgrad"])
+def test_a_gradient_alone_is_a_row(run: str) -> None:
+    """On the CPU, for torch's ways: each is right, the row says which pass it is, and counts one of the unit's two."""
+    conv = geometry.Conv(16, 3, padding=1, groups=2)
+    shapes = ((32, 2, 3), (16, 2, 3))
+    facts = geometry.LayerFacts("conv", "conv", conv, *shapes, macs=9 * 16 * 16 * 6)
+    relu = geometry.LayerFacts("relu", "conv", geometry.ReLU(), shapes[1], shapes[1])
+    problem = Problem(Unit("paper", "conv+relu", (facts, relu)), "forward", "tf32", 3, test_conv.DEVICE)
+    row = test_conv.measure_pass(run, problem, seconds=0.0, samples=2, sample_ms=0.001)
+    assert (row["case"], row["pass"]) == (f"paper/conv/{run}/tf32/3", run)
+    assert {name for name, entry in row["contenders"].items() if entry["status"] == "ok"} == {
+        "ours triton", "cudnn channels_last", "cudnn nchw", "cudnn split towers channels_last", "cudnn split towers nchw"
+    }  # fmt: skip
+    assert row["flops"] == 2 * 3 * facts.macs
+    assert row["ours"] == "ours triton"
+
+
+def test_the_eight_gradients_come_early() -> None:
+    first = [(run, problem.unit.facts[0].name) for run, problem in test_conv.QUESTIONS[:12]]
+    assert set(first) == {(run, f"conv{i}") for run in ("forward", "dgrad", "wgrad") for i in (2, 3, 4, 5)}
+    assert {(p.track, p.batch) for _, p in test_conv.QUESTIONS[:12]} == {("bf16", 256)}
+
+
+# ----------------------------------------------------------------------------------------------------------- the stem
+
+
+@pytest.mark.parametrize("source", test_stem.SOURCES)
+@pytest.mark.parametrize("run", test_stem.RUNS)
+@pytest.mark.parametrize("name", ["conv1+relu1", "conv1 group"])
+def test_everybody_starts_from_the_image(name: str, run: str, source: str) -> None:
+    problem = Problem(unit(name, "tiny"), "forward", "fp32", 2, test_stem.DEVICE)
+    start = test_stem.Start(problem, source, run)
+    exact, made = test_stem.truth(start), test_stem.builders(start, compiled=False)
+    assert {"ours channels_last", "eager nchw", "eager channels_last", "eager split towers channels_last"} <= set(made)
+    assert ("ours nchw" in made) == (source == "fp32")
+    for contender, build in made.items():
+        (call,) = build()
+        assert relative_error(call, exact) < test_stem.limit(start), contender
+
+
+def test_a_stem_counts_its_image_as_it_comes() -> None:
+    problem = Problem(unit("conv1 group"), "forward", "bf16", 4)
+    image = 4 * 3 * 227 * 227
+    pixels, floats = (test_stem.counted(test_stem.Start(problem, s, "inference")) for s in test_stem.SOURCES)
+    assert pixels["bytes"] == problem.bytes - image
+    assert floats["bytes"] == problem.bytes + 2 * image
+    both = test_stem.counted(test_stem.Start(problem, "uint8", "training"))
+    backward = dataclasses.replace(problem, run="backward")
+    assert both == {"flops": problem.flops + backward.flops, "bytes": problem.bytes + backward.bytes - 2 * image}
+
+
+@pytest.mark.parametrize("name", ["ours", "eager"])
+def test_dropout_is_judged_by_what_was_kept(name: str) -> None:
+    problem = dataclasses.replace(test_dropout.problem_of("fc6", "fp32", 16, "tiny"), device=test_dropout.DEVICE)
+    data, layer = tensors(problem), getattr(test_dropout, name)
+    found = test_dropout.call(layer, data)()
+    assert test_dropout.why_wrong(problem, data, found) is None
+    assert "relative errors" in (test_dropout.why_wrong(problem, data, (*found[:3], found[3] * 1.01)) or "")
+    everything = test_dropout.call(lambda *t: torch.relu(torch.nn.functional.linear(*t)) * 2, data)()
+    assert "of the outputs were kept" in (test_dropout.why_wrong(problem, data, everything) or "")
+
+
+def test_a_row_with_dropout() -> None:
+    problem = dataclasses.replace(test_dropout.problem_of("fc7", "fp32", 8, "tiny"), device="cpu")
+    layers = {"ours": test_dropout.ours, "eager": test_dropout.eager, "compile": lambda *t: 1 / 0}
+    row = test_dropout.measure(problem, layers, seconds=0.0, samples=2, sample_ms=0.001)
+    assert {name: entry["status"] for name, entry in row["contenders"].items()} == {
+        "ours": "ok", "eager": "ok", "compile": "wrong"
+    }  # fmt: skip
+    assert row["ours"] == "ours" and row["baseline"] == "eager"
+    assert "ZeroDivisionError" in row["contenders"]["compile"]["reason"]
+
+
+# ------------------------------------------------------------------------------------------------------ whole networks
+
+
+@pytest.mark.parametrize("run", test_model.RUNS)
+def test_networks_as_graphs(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user of ours calls gives what the plain step gives; here without a graph."""
+    whole = test_model.Whole("tiny", run, "fp32", 2)
+    weights, (x, labels) = test_model._weights(whole), test_model._inputs(whole)
+    exact = test_model._truth(whole, weights, x, labels)
+
+    def model() -> torch.nn.Module:
+        found = test_model.models.alexnet(whole.variant)
+        found.load_state_dict(weights)
+        return found.to(test_model.DEVICE)
+
+    calls = [test_model._graphed(whole, model(), x, labels)]
+    calls += [test_model._call(whole, model(), x, labels, stepping=test_model._our_step)]
+    for call in calls:
+        assert relative_error(call, exact) < test_model._tolerance(whole)
+        assert relative_error(call, exact) < test_model._tolerance(whole), "second step"
+    monkeypatch.setattr(test_model, "DEVICE", torch.device("cuda"))
+    budget = dataclasses.make_dataclass("Budget", ["compiled", "autotune"])("first", False)
+    found = test_model._builders(dataclasses.replace(whole, network="paper"), weights, x, labels, budget)
+    assert "ours graphed channels_last" in found
+    assert ("ours graphed at once channels_last" in found) == (run == "inference")
+    assert ("ours optim.SGD channels_last" in found) == (run == "training")
+    assert not any(name.startswith("compile") for name in found)
+
+
+def test_what_a_short_run_compiles() -> None:
+    """What a compiler may fuse, once; convolutions with their ReLU have cuDNN's fusion beside them."""
+    found = {p.unit.name for p in problems("cuda") if test_layers.is_worth_compiling(p)}
+    assert found == {"norm1+pool1", "norm2+pool2", "conv2 group", "conv5 group"}
+    assert all((p.track, p.batch) == ("bf16", 256) for p in problems("cuda") if test_layers.is_worth_compiling(p))
+
+
+def test_both_fused_gradients_are_rows_on_a_gpu() -> None:
+    """CUDA's, which comes first, and Triton's by name: which should, ``make gpu`` says."""
+    backward = Problem(unit("norm1+pool1"), "backward", "bf16", 256, "cuda")
+    both = {"ours by Triton nchw", "ours by Triton channels_last"}
+    assert both <= names(backward)
+    assert not both & names(dataclasses.replace(backward, run="forward"))
+    assert not both & names(dataclasses.replace(backward, device="cpu"))
+
+
+def test_what_is_warmed_up_can_be_built() -> None:
+    names = list(warm.jobs())
+    assert len(names) == len(set(names))
+    assert {"dgrad paper/conv2+relu2/forward/bf16/256", "optimiser bf16", "model paper/training/bf16/256"} <= set(names)
+    assert warm.warm("optimiser fp32") is None
+    assert "KeyError" in (warm.warm("no such job") or "")
+
+
 def test_forms_are_measured_where_they_exist() -> None:
     names = {p.id: [c.name for c in test_conv.chosen(p)] for p in test_conv.PROBLEMS}
     assert "ours pixel_pair" in names["paper/conv3+relu3/forward/bf16/256"]
@@ -249,11 +391,12 @@ def _steps(*names: str) -> list[tuple[gpu.Step, float]]:
 def test_a_failing_step_does_not_stop_the_rest(tmp_path: Path) -> None:
     now, seen = [0.0], []
 
-    def execute(command: list[str], environment: dict[str, str], seconds: float, log: object) -> tuple[int | None, str]:
-        seen.append((command[0], seconds))
-        now[0] += {"fails": 2.0, "hangs": seconds}.get(command[0], 1.0)
-        (tmp_path / f"{command[0]}.jsonl").write_text('{"case": 1}\n{"cut o')
-        return {"fails": 1, "hangs": None}.get(command[0], 0), "last line"
+    def execute(commands: list, environment: dict[str, str], seconds: float, log: object) -> list[gpu.Ended]:
+        ((name,),) = commands
+        seen.append((name, seconds))
+        now[0] += {"fails": 2.0, "hangs": seconds}.get(name, 1.0)
+        (tmp_path / f"{name}.jsonl").write_text('{"case": 1}\n{"cut o')
+        return [({"fails": 1, "hangs": None}.get(name, 0), "last line")]
 
     def job(step: gpu.Step, seconds: float) -> gpu.Job:
         return gpu.Job("quick", seconds, tmp_path, tmp_path, tmp_path / f"{step.name}.jsonl")
@@ -274,7 +417,44 @@ def test_a_failing_step_does_not_stop_the_rest(tmp_path: Path) -> None:
 
 def test_a_small_budget_takes_the_most_important() -> None:
     planned = gpu.plan(gpu.STEPS, "full", 120.0)
-    assert [own for _, own in planned] == [40.0, 30.0, 50.0, *[0.0] * (len(gpu.STEPS) - 3)]
+    assert [own for _, own in planned] == [60.0, 40.0, 20.0, *[0.0] * (len(gpu.STEPS) - 3)]
+    assert [step.name for step, _ in planned][1:3] == ["kernels", "conv"]
+
+
+def test_steps_side_by_side(tmp_path: Path) -> None:
+    """Each gets all of the time, their output is whole, and the worst end is the step's."""
+    ends = iter([[(0, "3 passed"), (0, "4 passed")], [(0, "good"), (None, "cut off"), (1, "bad")]])
+    asked = []
+
+    def execute(commands: list, environment: dict[str, str], seconds: float, log: object) -> list[gpu.Ended]:
+        asked.append((len(commands), seconds))
+        return next(ends)
+
+    steps = [gpu.Step(n, n, {"quick": 10.0}, lambda job: [["a"], ["b"]], together=True) for n in ("good", "bad")]
+    job = gpu.Job("quick", 10.0, tmp_path, tmp_path, tmp_path / "rows")
+    planned = [(step, 10.0) for step in steps]
+    made = lambda *_: job  # noqa: E731
+    done = gpu.run_steps(planned, 20.0, made, io.StringIO(), lambda _: None, execute=execute, clock=lambda: 0.0)
+    assert asked == [(2, 10.0), (2, 20.0)]
+    assert [(d.status, d.reason) for d in done] == [
+        ("passed", "3 passed; 4 passed"),
+        ("failed", "exit status 1: bad"),
+    ]
+
+
+def test_what_the_steps_run(tmp_path: Path) -> None:
+    """Every file of benchmarks and of tests on a GPU belongs to a step; no timing runs beside another."""
+    root = Path(gpu.__file__).parents[1]
+    for profile in gpu.PROFILES:
+        job = gpu.Job(profile, 40.0, tmp_path, tmp_path, tmp_path / "rows")
+        steps = {step.name: (step, step.commands(job)) for step in gpu.STEPS}
+        words = {word for _, commands in steps.values() for command in commands for word in command}
+        on_gpu = {path.name for path in (root / "bench").glob("test_*.py")} - {"test_cpu.py", "test_overhead.py"}
+        assert {f"bench/{name}" for name in on_gpu} <= words
+        tests = {path.relative_to(root).as_posix() for path in (root / "tests").glob("test_*.py")}
+        assert tests | {"tests/host", "tests/kernels/test_conv_kernel.py", "tests/kernels/test_handles.py"} <= words
+        assert all((root / word).is_file() for word in words if word.endswith(".py"))
+        assert {name for name, (step, _) in steps.items() if step.together} == {"kernels", "tests", "sanitizer"}
 
 
 def test_libraries_are_built_where_they_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +473,14 @@ def test_libraries_are_built_where_they_are_not_up_to_date(tmp_path: Path, monke
     assert gpu._no_build() == "this Python has no setuptools"
 
 
-@pytest.mark.parametrize("code", ["print('hello'); raise SystemExit(3)", "import time; time.sleep(60)"])
-def test_run_command(code: str, tmp_path: Path) -> None:
-    import sys
-
+def test_run_commands(tmp_path: Path) -> None:
+    speaks, hangs = "print('hello'); raise SystemExit(3)", "import time; print('so far', flush=True); time.sleep(60)"
     with (tmp_path / "log").open("w+") as log:
-        status, last = gpu.run_command([sys.executable, "-c", code], {}, 5.0 if "hello" in code else 0.5, log)
-    assert (status, last) == ((3, "hello") if "hello" in code else (None, last))
+        assert gpu.run_commands([gpu._python("-c", speaks)], {}, 20.0, log) == [(3, "hello")]
+        (status, _), other = gpu.run_commands([gpu._python("-c", hangs), gpu._python("-c", speaks)], {}, 2.0, log)
+    assert (status, other) == (None, (3, "hello"))
+    assert (tmp_path / "log").read_text().count("hello\n") == 2
+    assert "so far" in (tmp_path / "log").read_text()
 
 
 def test_summary_keeps_losing_rows_and_wrong_contenders() -> None:
@@ -360,9 +541,53 @@ def test_a_wrong_kernel_is_an_error(capsys: pytest.CaptureFixture[str], monkeypa
     right = small_cases.lrn.forward
     monkeypatch.setattr(small_cases.lrn, "forward", lambda *a: right(*a) * 1.001)
     assert small_cases.main(["--only", "lrn size 5 fp32 nhwc"]) == 1
-    assert "WRONG lrn size 5 fp32 nhwc: y: relative error 1.0e-03 is over 4.8e-07" in capsys.readouterr().out
+    assert "WRONG lrn size 5 fp32 nhwc: y: relative error 1.0e-03 is over 3.8e-06" in capsys.readouterr().out
     assert small_cases.main(["--seconds", "-1"]) == 0
     assert "no time for lrn then pool bf16 nhwc bias relu" in capsys.readouterr().out
+
+
+def test_small_cases_of_the_convolution_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, kernels in (
+        ("conv group_major bf16", "conv.group_major"),
+        (
+            "conv gradients bf16 nhwc tf32 64",
+            "conv_backward.input_tile, conv_backward.sum_shares, conv_backward.weight_tile",
+        ),
+        ("sgd fp32 nesterov", "optim.sgd"),
+        ("dropout bf16", "activation.dropout"),
+    ):
+        assert small_cases.main(["--only", word]) == 0
+        out = capsys.readouterr().out
+        assert f"1 Triton kernels ran: {kernels}" in out or f"3 Triton kernels ran: {kernels}" in out
+        assert "1 of 1 cases, 0 errors" in out
+
+
+@no_gpu
+@pytest.mark.parametrize("generation", [8, 9, 10, 12])
+def test_what_has_to_run_follows_from_the_gpu(generation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_cases, "GENERATION", generation)
+    expected = small_cases.expected()
+    assert {"conv.pointer_rows", "conv_backward.weight_rows", "optim.sgd", "activation.planes_backward"} <= expected
+    assert ("conv.batch_tile" in expected) == (generation >= 9)
+    assert ("conv.pixel_pair" in expected) == (generation == 9)
+    assert ("conv_backward.input_tile" in expected) == (generation in (9, 10))
+    forms = [name for name in small_cases.cases() if "pixel_pair" in name]
+    assert bool(forms) == (generation == 9)
+
+
+@no_gpu
+def test_small_cases_of_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU on the operations of the same schema that plain torch has: the cases themselves are right."""
+    monkeypatch.setattr(small_cases, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(small_cases, "compiled", lambda: torch.ops.alexnet_kernels)
+    names = [name for name in small_cases.cases() if name.startswith(("conv1 ", "stem "))]
+    assert names[0] == next(iter(small_cases.cases())) == "conv1 bf16 nhwc 96 channels"
+    for order in ("lrn then pool", "pool then lrn"):
+        assert f"stem {order} bf16 nchw 96 channels uint8" in names
+        assert f"stem {order} fp32 nhwc 48 channels" in names
+    for name in names:
+        if name.endswith(("bf16 nhwc 96 channels uint8", "fp32 nchw 48 channels")):
+            assert small_cases.run(name)[0] == [], name
 
 
 @pytest.mark.slow
@@ -377,7 +602,7 @@ def test_the_sanitizers_get_warm_kernels(tmp_path: Path) -> None:
     steps = {step.name: step.commands(job) for step in gpu.STEPS}
     assert list(steps).index("kernels") < list(steps).index("sanitizer")
     assert steps["kernels"][0][1:] == ["-m", "bench.small_cases", "--all-cores"]
-    assert [command[2] for command in steps["sanitizer"]] == ["memcheck", "racecheck"]
+    assert [command[2] for command in steps["sanitizer"]] == ["memcheck", "racecheck", "synccheck"]
     assert all("bench.small_cases" in command for command in steps["sanitizer"])
 
 
@@ -428,7 +653,7 @@ def test_tune_prunes_and_resumes(tmp_path: Path) -> None:
 
 def test_tune_keeps_its_budget(tmp_path: Path) -> None:
     kernels = ("lrn.vector_forward", "fused.strip_forward")
-    work, now = tuple(c for c in tune.candidates() if c.config.block == 128 and c.kernel in kernels), [0.0]
+    work, now = tuple(c for c in tune.candidates() if c.kernel in kernels and c.config.block == 128), [0.0]
     compiler, runner = _fakes([])
 
     def slow(kernel, chosen):
@@ -455,19 +680,35 @@ def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_kernel_that_can_be_tuned_is() -> None:
-    configured = {f"{family}.{name}" for family, module in tune_cases.FAMILIES.items() for name in module.CONFIGS}
-    assert set(tune_cases.KERNELS) == configured
+    """Each entry of a family's ``CONFIGS``; of convolutions, under the keys that the kernels ask the table for."""
+    plain = {f: module for f, module in tune_cases.FAMILIES.items() if not f.startswith("conv")}
+    configured = {f"{family}.{name}" for family, module in plain.items() for name in module.CONFIGS}
+    assert configured == {kernel for kernel in tune_cases.KERNELS if not kernel.startswith("conv")}
+    assert {f"conv_backward.{name}" for name in _conv_backward_choice.TILES} <= set(tune_cases.KERNELS)
+    for key in ("48x5x5-128", "256x3x3-384", "192x3x3-192", "192x3x3-128"):
+        assert {f"conv.many {key} 16 bits", f"conv.many {key} tf32"} <= set(tune_cases.KERNELS)
+    assert "conv_backward_sum.sum_shares" in tune_cases.KERNELS
+    assert list(tune_cases.KERNELS)[:2] == ["conv.many 48x5x5-128 16 bits", "conv.many 256x3x3-384 16 bits"]
+
+
+def _seen(launches: list[_launch.Launch]) -> set[tuple[object, ...]]:
+    return {(x.name, x.grid, x.num_warps, x.num_stages, *map(str, x.constants.items())) for x in launches}
 
 
 @pytest.mark.parametrize("kernel", tune_cases.KERNELS)
 def test_the_launches_of_a_candidate_are_planned_without_memory(kernel: str) -> None:
-    candidate = tune.Candidate(kernel, _launch.Config(32, 2))
-    module, name = candidate.place
-    launches = tune.plans(candidate)
-    assert len(launches) in (4, 12)
-    assert {launch.name for launch in launches} == {name}
-    assert {(launch.constants["BLOCK"], launch.num_warps) for launch in launches} == {(32, 2)}
-    assert module.CONFIGS[name] != candidate.config
+    """By way of the table, as a GPU will read it: no two candidates of a kernel give the same launch."""
+    candidates = [c for c in tune.candidates() if c.kernel == kernel]
+    assert 5 <= len(candidates) <= 12
+    default = _seen(tune.plans(candidates[0]))
+    module, _ = candidates[0].place
+    before = module.tuned
+    for candidate in candidates[1:3]:
+        launches = tune.plans(candidate)
+        assert len(launches) in (1, 2, 4, 12)
+        assert not default & _seen([x for x in launches if x.name != "sum_shares" or "sum" in kernel]), candidate.id
+        assert {launch.num_warps for launch in launches} >= {candidate.config.num_warps}
+    assert module.tuned is before
 
 
 @pytest.mark.slow
@@ -486,18 +727,59 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps that the interpreter gets through."""
     monkeypatch.setattr(tune_cases, "_norms", lambda: iter([((2, 16, 5, 5), (5, 2e-2, 0.75, 2.0, 2))]))
     monkeypatch.setattr(tune_cases, "_pools", lambda: iter([(2, 8, 5, 5)]))
+    monkeypatch.setattr(tune_cases, "_maps", lambda: iter([(2, 8, 3, 5), (3, 40)]))
+    monkeypatch.setattr(tune_cases, "_sizes", lambda: iter([100, 3]))
 
 
-@pytest.mark.parametrize("kernel", tune_cases.KERNELS)
-def test_a_wrong_launch_is_not_timed(small_network: None, kernel: str) -> None:
-    """In the interpreter, or on a GPU: what a kernel writes is right, and what it has not written is not."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tune.instead(tune.Candidate(kernel, _launch.Config(16, 1))):
+def _is_judged(kernel: str, config: object, device: str) -> None:
+    """What the kernel writes is right, and what it has not written is not."""
+    with tune.instead(tune.Candidate(kernel, config)):
         for case in tune.cases(kernel, device):
-            launch, truth = case.plan(), case.truth()
-            assert tune.why_wrong(case, launch, truth) is None
-            nothing = dataclasses.replace(launch, grid=(0,))
+            launches, truth = case.launches(), case.truth()
+            assert tune.why_wrong(case, launches, truth) is None
+            nothing = [dataclasses.replace(launch, grid=(0,)) for launch in launches]
             assert "relative error nan" in (tune.why_wrong(case, nothing, truth) or "")
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in tune_cases.KERNELS if not kernel.startswith("conv")])
+def test_a_wrong_launch_is_not_timed(small_network: None, kernel: str) -> None:
+    """In the interpreter, or on a GPU."""
+    block = 64 if kernel.startswith(("activation", "optim")) else 16
+    _is_judged(kernel, _launch.Config(block, 1), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+SMALL = tune_cases.Layer(32, 2, 32, 3, 2)
+
+
+@no_gpu
+def test_a_wrong_convolution_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, by two forms, forward; the table's key is what the kernel asks for."""
+    kernel, row = tune_cases.conv_row(SMALL, torch.float32, (64,))
+    assert kernel == "conv.many 16x3x3-16 tf32"
+    monkeypatch.setitem(tune_cases.KERNELS, kernel, row)
+    for form in ("batch_tile", "pixel_pair"):
+        tile = _launch.Tile(form, 64, 16, 16)
+        with tune.instead(tune.Candidate(kernel, tile)):
+            (launch,) = next(tune.cases(kernel, "cpu")).launches()
+        assert launch.name == form and launch.constants["BLOCK"][:2] == (64, 16)
+        _is_judged(kernel, tile, "cpu")
+
+
+@no_gpu
+@pytest.mark.parametrize("kind", ["input", "weight", "sum"])
+def test_a_wrong_gradient_is_not_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_cases, "HALF", torch.float16)  # the interpreter multiplies the bits of bf16 as if integers
+    if kind == "sum":
+        kernel, row = (
+            "conv_backward_sum.sum_shares",
+            tune_cases.Kernel((), functools.partial(tune_cases._sum, SMALL, 64)),
+        )
+        config: object = _launch.Config(64, 1)
+    else:
+        kernel, row = next(pair for pair in tune_cases.gradient_rows(SMALL, 64) if kind in pair[0])
+        config = dataclasses.replace(row.default, block_k=16, num_stages=2)
+    monkeypatch.setitem(tune_cases.KERNELS, kernel, row)
+    _is_judged(kernel, config, "cpu")
 
 
 def test_a_tuned_table_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,7 +323,7 @@ def _reference_backward(grad: Tensor, x: Tensor, *args: Any) -> Outputs:
 dispatch.register("lrn_pool", "triton", _triton_forward, _triton_why_not)
 dispatch.register("lrn_pool", "cpu", _cpu_forward, _cpu_why_not)
 dispatch.register("lrn_pool", "reference", _reference_forward, dispatch.never)
-# CUDA first: 35 instructions an element in the machine code, where Triton needs 51 and memory leaves time for 32.
+# CUDA first: 35 instructions an element in the machine code, where Triton needs 50 and memory leaves time for 32.
 # Counted, not timed: bench/results/PENDING.md.
 dispatch.register("lrn_pool_backward", "cuda", _cuda_backward, _cuda_backward_why_not)
 dispatch.register("lrn_pool_backward", "triton", _triton_backward, _triton_backward_why_not)
