@@ -99,8 +99,9 @@ def tile_of(problem: Problem, precision: str, form: str | None, described: bool,
         raise ValueError(f"form='pixel_pair' on {device}: Triton 3.6 compiles it for sm_90 only; use form='batch_tile'")
     if form is None:
         better = tuned("conv", device, Tile).get(name_of(problem, tile, precision))
-        usable = better is not None and (described or better.form == "pointer_rows")
-        if better is not None and usable and why_not(problem, better, precision) is None:
+        # Group-major maps are another layout of x, which no shape tells: a table cannot ask for it.
+        allowed = ("batch_tile", "pixel_pair", "pointer_rows") if described else ("pointer_rows",)
+        if better is not None and better.form in allowed and why_not(problem, better, precision) is None:
             return better
     return tile
 

@@ -449,12 +449,13 @@ def test_descriptors_need_dense_aligned_images() -> None:
 
 
 def test_the_tuned_table_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless its tile cannot do it; another layer, or another type, is not meant."""
+    """Unless its tile cannot do it, or wants another layout; another layer, or another type, is not meant."""
     x = torch.empty(256, 256, 13, 13, dtype=torch.bfloat16, device="meta").contiguous(memory_format=torch.channels_last)
     packed, y = torch.empty(384, 2304, dtype=x.dtype, device="meta"), torch.empty_like(x).repeat(1, 2, 1, 1)[:, :384]
     problem = layer("paper conv3", 256)
     pair, impossible = Tile("pixel_pair", 64, 128, 32, 4, 2), Tile("pixel_pair", 128, 128, 96)
-    for tile, name in ((pair, "pixel_pair"), (impossible, "batch_tile")):
+    towers = Tile("group_major", 64, 128, 64, 8, 2)
+    for tile, name in ((pair, "pixel_pair"), (impossible, "batch_tile"), (towers, "batch_tile")):
         monkeypatch.setattr(kernel, "tuned", lambda *_, tile=tile: {"many 256x3x3-384 16 bits": tile})
         kernel.tile_of.cache_clear()
         launch = kernel.plan(x, packed, None, y, problem, True, "tf32")
