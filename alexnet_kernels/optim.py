@@ -28,8 +28,9 @@ class SGD(torch.optim.SGD):
     next step: elements that are no longer the rounded master start from their new value, the others keep all their bits.
     On fp32 parameters state and numbers are those of ``torch.optim.SGD``, and the two load each other's ``state_dict``.
 
-    On a CPU the step is torch's ``_foreach`` functions. A CUDA graph may capture :meth:`step` after one call outside; ``lr`` has
-    to be a tensor on the device to change between replays. With ``torch.amp.GradScaler`` the kernel divides by the scale.
+    On a CPU the step is torch's own fused one (``torch.optim.SGD(fused=True)``), several times as fast as torch's default. A
+    CUDA graph may capture :meth:`step` after one call outside; ``lr`` has to be a tensor on the device to change between
+    replays. With ``torch.amp.GradScaler`` the kernel divides by the scale.
 
     Args:
         params, lr, momentum, weight_decay, nesterov, maximize: as for ``torch.optim.SGD``.

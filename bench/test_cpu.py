@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 
-from alexnet_kernels import _extension, models, use_backend
+from alexnet_kernels import _extension, models, optim, use_backend
 from alexnet_kernels import functional as F
 from alexnet_kernels.comparison.run import training_step
 from alexnet_kernels.comparison.stock import stock_alexnet
@@ -83,7 +83,10 @@ def test_paper_training_step(benchmark, networks) -> None:
     x, labels = torch.randn(BATCH, 3, 227, 227) * 60, torch.randint(1000, (BATCH,))
     both = in_both_layouts(stock.train(), x)
     calls = {name: training_step(model, images, labels) for name, (model, images) in both.items()}
-    measure(benchmark, {"ours": training_step(ours.train(), x, labels), **calls}, rounds=2)
+    fused = partial(torch.optim.SGD, fused=True)
+    calls |= {f"{name} fused SGD": training_step(m, images, labels, sgd=fused) for name, (m, images) in both.items()}
+    calls["default SGD"] = training_step(ours.train(), x, labels)  # our network with torch's default optimiser
+    measure(benchmark, {"ours": training_step(ours, x, labels, sgd=optim.SGD), **calls}, rounds=2)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, 96, 55, 55), (BATCH, 256, 27, 27)], ids=["norm1", "norm2"])

@@ -31,11 +31,15 @@ WAYS: dict[str, dict[str, Any]] = {
 EXACT = {"lr": 2.0**-6, "momentum": 0.5, "weight_decay": 2.0**-9}
 
 
-@pytest.fixture(params=["reference", "kernel"])
+@pytest.fixture(params=["reference", "fused", "kernel"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
-    """Torch's functions, and the kernel: on a GPU, or in the interpreter."""
+    """Torch's functions one by one, its fused step on a CPU, and the kernel: on a GPU, or in the interpreter."""
     if request.param == "reference":
         name = "reference"
+    elif request.param == "fused":
+        name = "auto"
+        if device.type != "cpu":
+            pytest.skip("torch's fused step runs on a CPU; a GPU has the kernel")
     else:
         name = "triton"
         if device.type == "cpu" and not INTERPRETED:
@@ -70,8 +74,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def fused_here(backend: str, device: torch.device) -> bool:
-    """Whether this arithmetic fuses products as torch's does: numpy in the interpreter does not."""
-    return backend == "reference" or device.type == "cuda"
+    """Whether this arithmetic fuses products as torch's default step does: numpy in the interpreter, and torch's fused step
+    on a CPU, do not."""
+    return backend == "reference" or (backend == "kernel" and device.type == "cuda")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -91,7 +96,7 @@ def test_fifty_steps_are_torchs(way: str, device: torch.device, backend: str) ->
             give(params, others, exact, seed=step)
             for optimizer in (ours, theirs, wide):
                 optimizer.step()
-    assert used == {"triton" if backend == "kernel" else "reference"}
+    assert used == {{"kernel": "triton", "fused": "cpu"}.get(backend, backend)}
     if fused_here(backend, device):
         assert same(params, others)
     for p, q, e in zip(params, others, exact, strict=True):

@@ -269,11 +269,12 @@ def training_step(
     inputs: Tensor,
     labels: Tensor,
     forward: Callable[[Tensor], Tensor] | None = None,
+    sgd: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
 ) -> Callable[[], None]:
     """One step of SGD with momentum on a batch: forward (``model`` itself, or what runs it), cross-entropy, backward, update.
     The learning rate is zero, so that every step does the same work on the same weights."""
     run = model if forward is None else forward
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    optimiser = sgd(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
