@@ -45,6 +45,7 @@ def test_all_agree(dtype: str) -> None:
         assert found["conv3"] == found["conv4"] == found["fc6"] == found["fc7"] == "reference"
     assert {backend for (name, _), backend in backends.items() if name == run.STOCK} == {"torch"}
     assert "torch.nn prepares them there, ours on the way into conv1" in result.notes[0]
+    assert "torch.optim.SGD for torch.nn, this package's for ours" in result.notes[1]
     forward = sum(t.bytes for t in result.transfers if not t.backward)
     itemsize = 4 if dtype == "fp32" else 2
     assert forward == sum(e.bytes(3, itemsize) * e.directions for e in SMALL.exchanges())

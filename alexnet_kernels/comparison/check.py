@@ -19,7 +19,7 @@ from .contenders import Contender, OneDevice
 from .stock import stock_alexnet
 
 FORWARD, TRAINING = "forward", "training step"
-TOTAL, PIXELS = "total", "from pixels"
+TOTAL, PIXELS = "total", "uint8"
 FACTOR = 4
 FP32_ROUNDING = 2.0**-24
 ROUNDING = {"fp32": FP32_ROUNDING, "tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-11}  # the largest relative error

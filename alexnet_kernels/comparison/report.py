@@ -36,11 +36,16 @@ def _times(result: Comparison, run: str) -> Table:
         found = {row.contender: row for row in result.rows if (row.group, row.run) == (group, run)}
         ours = (found[ONE], found[TWO])
         worst = max(found.values(), key=lambda row: row.error / row.tolerance if row.agrees else float("inf"))
-        backends = " / ".join(dict.fromkeys(row.backend for row in ours))
+        backends = " / ".join(dict.fromkeys(_kernels(row.backend) for row in ours))
         cells = [f"{found[STOCK].milliseconds:.1f}", *(f"{row.milliseconds:.1f}  {row.ratio:.2f}x" for row in ours)]
         style = "bold" if group == "total" else None
         table.add_row(group, *cells, backends, _error(worst), style=style, end_section=group == "fc8")
     return table
+
+
+def _kernels(backend: str) -> str:
+    """What ran beside plain torch, if anything did: ``"cpu"`` of ``"cpu+reference"``."""
+    return "+".join(name for name in backend.split("+") if name not in ("reference", "torch")) or backend
 
 
 def _error(row: Row) -> str:

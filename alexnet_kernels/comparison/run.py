@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import optim
 from ..distributed.exchange import Transfer
 from ..geometry import Variant
 from ..images import Loaded, prepare
@@ -29,6 +30,7 @@ _NOTE_PIXELS = (
     f"'{PIXELS}' begins with 8-bit images in the host's memory, copied to the device as they are; {STOCK} prepares them there, "
     "ours on the way into conv1. All other rows begin with prepared images"
 )
+_NOTE_STEP = f"'{TOTAL}' of a training step has the optimiser too: torch.optim.SGD for {STOCK}, this package's for ours"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def compare(
         tuple(rows),
         usage,
         transfers,
-        (_NOTE_PIXELS, *notes),
+        (_NOTE_PIXELS, _NOTE_STEP, *notes),
     )
 
 
@@ -244,10 +246,10 @@ def _time_training(
         with torch.no_grad():
             states = {c.name: c.run_group(group.name, states[c.name]) for c in contenders}
     progress(f"{TRAINING}: {TOTAL}")
-    steps = {c.name: training_step(c.model, inputs, labels) for c in contenders}
+    steps = {c.name: training_step(c.model, inputs, labels, sgd=_sgd_of(c)) for c in contenders}
     yield from _rows(TOTAL, TRAINING, _time(steps, contenders, rounds), errors)
     progress(f"{TRAINING}: {PIXELS}")
-    steps = {c.name: training_step(c.model, pixels, labels, c.from_pixels) for c in contenders}
+    steps = {c.name: training_step(c.model, pixels, labels, c.from_pixels, _sgd_of(c)) for c in contenders}
     yield from _rows(PIXELS, TRAINING, _time(steps, contenders, rounds), errors)
 
 
@@ -262,6 +264,11 @@ def _training_call(contender: Contender, group: str, state: State, *, needs_inpu
             leaf.grad = None
 
     return call
+
+
+def _sgd_of(contender: Contender) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser that a user of the contender has."""
+    return torch.optim.SGD if contender.name == STOCK else optim.SGD
 
 
 def training_step(
@@ -309,7 +316,7 @@ def _watch(
     notes: set[str] = set()
     for c in contenders:
         progress(f"utilisation: {c.name}")
-        step = training_step(c.model.train(), inputs, labels)
+        step = training_step(c.model.train(), inputs, labels, sgd=_sgd_of(c))
         used = devices if c.name == TWO else devices[:1]
         gpu = any(d.type == "cuda" for d in used)
         step()
