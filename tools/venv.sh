@@ -54,7 +54,7 @@ if [ "$TORCH|$TORCH_INDEX|$PYTHON" = "$(asked TORCH)|$(asked TORCH_INDEX)|$(aske
 fi
 # What the compiled libraries are made from and with counts too: a compiler that was installed since is used.
 contents=$({
-    cat pyproject.toml setup.py constraints.txt alexnet_kernels/_version.py tools/venv.sh csrc/*
+    cat pyproject.toml setup.py constraints.txt alexnet_kernels/_version.py tools/venv.sh csrc/*.*
     command -v "${CXX:-g++}" nvcc || true
     echo "${ALEXNET_KERNELS_BUILD:-auto}"
 } | cksum)
