@@ -72,6 +72,11 @@ def _describable(*matrices: Tensor) -> bool:
     )
 
 
+def _innermost(*tensors: Tensor) -> bool:
+    """Whether channels lie innermost in all of them. One alone does not tell: maps of one pixel, or one channel, lie so too."""
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
 def _constants(problem: Problem) -> dict[str, Any]:
     sizes = {"CHANNELS": problem.depth, "OUTPUTS": problem.width, "GROUPS": problem.groups}
     return {"ROWS": problem.rows.constants, "COLUMNS": problem.columns.constants} | sizes
@@ -89,7 +94,7 @@ def plan_input(
 ) -> tuple[Launch, Tensor]:
     """The launch that writes ``dx`` from the gradient and the packed weight [O, KH·KW·C/g], all in the layout of ``dx``, and
     the partial sums [programs, C] of ``dx`` that it writes too if ``summed``."""
-    innermost = dx.is_contiguous(memory_format=torch.channels_last)
+    innermost = _innermost(dy, dx)
     described = innermost and _describable(_matrix(dy), packed)
     tile = _tile("input", problem, described, innermost, dy)
     partial = torch.empty(
@@ -117,7 +122,7 @@ def plan_input(
 
 def plan_weight(dy: Tensor, x: Tensor, dw: Tensor, problem: Problem, precision: str) -> tuple[Launch, Launch]:
     """The launch that stores the shares of ``dw``, and the one that adds them; ``dy`` and ``x`` have one layout."""
-    innermost = x.is_contiguous(memory_format=torch.channels_last)
+    innermost = _innermost(dy, x)
     described = innermost and _describable(_matrix(dy), _matrix(x))
     tile = _tile("weight", problem, described, innermost, dy)
     multiprocessors = (

@@ -195,6 +195,25 @@ def test_rows_of_pixels_are_exact(case: int, innermost: bool, tiles: Callable[..
     check_exact(*ROWED[case], (torch.float32, *HALF)[case % 3], innermost)
 
 
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "weight", "padding"),
+    [((2, 3, 1, 1), (4, 3, 1, 1), (0, 1)), ((2, 1, 3, 2), (4, 1, 2, 2), (1, 1)), ((2, 4, 3, 3), (1, 4, 3, 3), (0, 0))],
+)
+def test_a_tensor_of_both_layouts(
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    padding: tuple[int, int],
+    innermost: bool,
+    tiles: Callable[..., None],
+) -> None:
+    """Maps of one pixel, or one channel, lie in both orders, and do not say in which the other tensor lies."""
+    tiles(Tile("rows", 64, 16, 16), Tile("rows", 16, 64, 32), 1)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        check_exact(shape, weight, ((1, 1), padding, (1, 1), 1), torch.float16, innermost)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data: st.DataObject, tiles: Callable[..., None]) -> None:
@@ -219,6 +238,7 @@ def test_any_shape(data: st.DataObject, tiles: Callable[..., None]) -> None:
     problem = Problem.of((images, groups * depth, *size), (groups * width, depth, *taps), *g, 2)
     steps = sum(choice.issued(k, problem, t) / (t.block_m * 16 * t.block_k) for k, t in (("input", dx), ("weight", dw)))
     assume(steps <= 60)
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))  # so that a failing case fails again
     check_exact((images, groups * depth, *size), (groups * width, depth, *taps), g, torch.float16, innermost)
 
 

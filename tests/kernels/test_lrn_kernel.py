@@ -90,7 +90,10 @@ def check(x: Tensor, grad: Tensor, *args: Any, slack: float = APPROXIMATE) -> No
         result = ours(*tensors, *args)
         exact = theirs(*(t.double() for t in tensors), *args)
         assert (result.dtype, result.shape, result.stride()) == (x.dtype, x.shape, x.stride())
-        assert relative(result, exact) <= factor * relative(theirs(*tensors, *args), exact) + slack
+        allowed = relative(theirs(*tensors, *args), exact)
+        if x.numel() <= 64:  # so few may round to almost nothing in the reference; the bound by element, below, holds
+            allowed = max(allowed, EPS[x.dtype] / 2)
+        assert relative(result, exact) <= factor * allowed + slack
         tolerance = EPS[x.dtype] + 8 * slack
         torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
 
