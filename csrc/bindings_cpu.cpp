@@ -43,6 +43,7 @@ void describe(Call& call, const Tensor& x) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 2, "x must be a CPU tensor [N, C, ...]");
     call.type = type_of(x);
     call.channels_last = !x.is_contiguous();
+    call.threads = torch::stable::get_num_threads();
     call.n = x.size(0), call.c = x.size(1), call.h = 1, call.w = 1;
     for (int64_t d = 2; d < x.dim(); ++d) (d == 2 && x.dim() == 4 ? call.h : call.w) *= x.size(d);
 }

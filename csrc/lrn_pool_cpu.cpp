@@ -19,12 +19,18 @@ namespace {
 constexpr int64_t WORTH_A_THREAD = 1 << 15;  // elements
 
 int64_t at_least_one(int64_t v) { return v > 1 ? v : 1; }
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Pixels that one task of plain LRN takes: its temporaries stay in the first or second cache.
+// Pixels that one task of plain LRN takes. NCHW: long runs of a channel, as memory is read best, but two tasks a thread.
+// channels_last: what keeps the temporaries in the first or second cache.
 int64_t lrn_block(const Call& call) {
-    int64_t wanted = call.channels_last ? 4096 / at_least_one(call.c) : 16384 / at_least_one(call.c);
-    int64_t pixels = call.h * call.w * (call.channels_last ? call.n : 1);
-    wanted = wanted < 8 ? 8 : wanted / 8 * 8;
+    if (call.channels_last) {
+        int64_t wanted = 4096 / at_least_one(call.c), pixels = call.n * call.h * call.w;
+        wanted = wanted < 8 ? 8 : wanted / 8 * 8;
+        return wanted < pixels ? wanted : at_least_one(pixels);
+    }
+    int64_t pixels = call.h * call.w, most = up(pixels, up(2 * call.threads, at_least_one(call.n)));
+    int64_t wanted = most < 64 ? 64 : most > 768 ? 768 : up(most, 16) * 16;
     return wanted < pixels ? wanted : at_least_one(pixels);
 }
 
@@ -32,8 +38,6 @@ int64_t strip_rows(const Call& call) {
     int64_t rows = 16384 / at_least_one(call.c * call.w);
     return rows < 1 ? 1 : rows > 8 ? 8 : rows;
 }
-
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Work work(int64_t tasks, int64_t elements) {
     return {tasks, tasks == 0 ? 1 : at_least_one(WORTH_A_THREAD / at_least_one(elements / tasks))};

@@ -1,7 +1,7 @@
 // LRN, max-pooling, and both in one pass, on a CPU: what a caller fills in, and what it may call. No torch here.
 //
-// A call is divided into independent tasks. Which thread runs which of them, and how many in a row, changes no bit of the
-// result: every element is computed by the same operations in the same order. Neither does the instruction set: there is no
+// A call is divided into independent tasks. How it is divided, which thread runs which of them, and how many in a row, changes
+// no bit of the result: every element is computed by the same operations in the same order. Neither does the instruction set: there is no
 // fused multiply-add and no approximate root in it, so AVX-512, AVX2 and the baseline agree bit for bit.
 
 #pragma once
@@ -22,6 +22,7 @@ struct Call {
     Type type = Type::f32;
     bool channels_last = false;
     int64_t n = 0, c = 0, h = 0, w = 0, oh = 0, ow = 0;
+    int64_t threads = 1;  // that there are; LRN alone makes tasks for all of them
 
     bool normalise = false;  // LRN over channels: y = x · (k + scale · Σ x²)^-beta
     int64_t size = 1, groups = 1;

@@ -12,53 +12,73 @@ struct LrnTask {
     const int64_t halo = lrn.before > lrn.after ? lrn.before : lrn.after;
     const A** const rows = buffer<const A*>(Slot::rows, window);
 
-    // The rows of the window around channel c of NCHW planes whose channels are `step` apart; zeros beyond its group.
-    void window_rows(const A* base, int64_t step, int64_t c, int64_t before, const A* zeros) const {
+    // The latest `window` channels, a row each.
+    struct Ring {
+        A* base;
+        int64_t step, slots;
+        A* operator[](int64_t c) const { return base + c % slots * step; }
+    };
+
+    Ring ring(Slot slot) const { return {buffer<A>(slot, window * block), block, window}; }
+
+    // Channels of a tensor: fp32 and fp64 are read where they lie, bf16 from the latest copies in fp32.
+    struct Source {
+        static constexpr bool copied = !std::is_same<T, A>::value;
+        const T* from;
+        int64_t pixels;
+        Ring copies;
+
+        void enter(int64_t c, int64_t n) const {
+            if constexpr (copied) load_row(from + c * pixels, 1, copies[c], n);
+        }
+        const A* operator[](int64_t c) const {
+            if constexpr (copied) return copies[c];
+            else return from + c * pixels;
+        }
+    };
+
+    Source source(const void* tensor, int64_t offset, Slot slot) const {
+        return {static_cast<const T*>(tensor) + offset, pixels, Source::copied ? ring(slot) : Ring{}};
+    }
+
+    // The rows of the window around channel c; zeros beyond its group.
+    template <class Channels>
+    void window_rows(const Channels& from, int64_t c, int64_t before, const A* zeros) const {
+        int64_t first = c / group * group;
         for (int64_t r = 0; r < window; ++r) {
             int64_t other = c + r - before;
-            bool inside = other >= 0 && other < call.c && other / group == c / group;
-            rows[r] = inside ? base + other * step : zeros;
+            rows[r] = other >= first && other < first + group ? from[other] : zeros;
         }
     }
 
-    // NCHW: fp32 and fp64 are read where they lie, bf16 from a copy in fp32. Returns the channels and their distance.
-    const A* channels(const T* from, int64_t n, Slot slot, int64_t& step) const {
-        if constexpr (std::is_same<T, A>::value) {
-            step = pixels;
-            return from;
-        } else {
-            A* copy = buffer<A>(slot, call.c * block);
-            for (int64_t c = 0; c < call.c; ++c) load_row(from + c * pixels, 1, copy + c * block, n);
-            step = block;
-            return copy;
-        }
-    }
-
+    // NCHW: channels enter in their order, each a row of the block's pixels. What the window around channel `term` needs is
+    // then there, and with the terms of its window the gradient of channel `done`: tensors are read and written once, in
+    // order, and what lies between is the latest `window` rows.
     void planar(int64_t task, bool backward) const {
         int64_t blocks = ceil_div(pixels, block), image = task / blocks, at = task % blocks * block;
         int64_t n = pixels - at < block ? pixels - at : block, offset = image * call.c * pixels + at;
         T* out = static_cast<T*>(call.out) + offset;
-        int64_t step, grad_step = 0;
-        const A* x = channels(static_cast<const T*>(call.x) + offset, n, Slot::raw, step);
-        const A* grad = nullptr;
-        if (backward) grad = channels(static_cast<const T*>(call.grad) + offset, n, Slot::grad, grad_step);
+        Source x = source(call.x, offset, Slot::raw), grad{};
+        Ring direct{}, shared{};
+        if (backward) grad = source(call.grad, offset, Slot::grad), direct = ring(Slot::direct), shared = ring(Slot::shared);
         A* zeros = buffer<A>(Slot::zeros, block);
         fill(zeros, A(0), n);
         A* result = buffer<A>(Slot::result, block);
-        A* direct = backward ? buffer<A>(Slot::direct, call.c * block) : nullptr;
-        A* shared = backward ? buffer<A>(Slot::shared, call.c * block) : nullptr;
-        for (int64_t c = 0; c < call.c; ++c) {
-            window_rows(x, step, c, lrn.before, zeros);
-            const A* middle = x + c * step;
-            if (backward)
-                backward_term_rows(rows, middle, grad + c * grad_step, direct + c * block, shared + c * block, n, lrn);
-            else
-                finish(out + c * pixels, result, n, [&](A* to) { normalise_rows(rows, middle, to, n, lrn); });
-        }
-        for (int64_t c = 0; backward && c < call.c; ++c) {
-            window_rows(shared, block, c, lrn.after, zeros);
-            finish(out + c * pixels, result, n, [&](A* to) {
-                backward_result(rows, x + c * step, direct + c * block, to, n, lrn);
+        int64_t behind = backward ? lrn.before : 0;
+        for (int64_t entering = 0; entering < call.c + lrn.after + behind; ++entering) {
+            int64_t term = entering - lrn.after, done = term - behind;
+            if (entering < call.c) x.enter(entering, n);
+            if (backward && term >= 0 && term < call.c) {
+                grad.enter(term, n);
+                window_rows(x, term, lrn.before, zeros);
+                backward_term_rows(rows, x[term], grad[term], direct[term], shared[term], n, lrn);
+            }
+            if (done < 0) continue;
+            if (backward) window_rows(shared, done, lrn.after, zeros);
+            else window_rows(x, done, lrn.before, zeros);
+            finish(out + done * pixels, result, n, [&](A* to) {
+                if (backward) backward_result(rows, x[done], direct[done], to, n, lrn);
+                else normalise_rows(rows, x[done], to, n, lrn);
             });
         }
     }

@@ -9,7 +9,11 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton; compiling happens in processes of its own
     os.environ["TRITON_INTERPRET"] = "1"
 
+import interpreter
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.mend()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

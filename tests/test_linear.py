@@ -40,7 +40,7 @@ def gradients(y: Tensor, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, .
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("shape", [(6, 40), (2, 3, 40), (40,), (1, 2, 3, 40)])
 def test_values_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, kernels: None) -> None:
-    """Against fp64, held to torch's own error in this dtype: 1.5 times, and the interpreter's truncation to bf16."""
+    """Against fp64, held to torch's own error in this dtype: 1.5 times, and a few roundings."""
     tensors = layer(device, dtype, shape)
     wide = [t.detach().double().requires_grad_() for t in tensors]
     with dispatch.recording() as used:

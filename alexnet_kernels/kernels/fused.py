@@ -35,9 +35,10 @@ from .fused_backward import activated
 from .fused_backward import backward as backward  # the other half of this file
 from .pool import DTYPES, Window
 
-CONFIGS = {"strip_forward": Config(block=128), "ring_normalise": Config(block=128)}
+# strips of 64: of 128 threads, ptxas gives so few registers to one of them (fp32, sm_100) that it spills
+CONFIGS = {"strip_forward": Config(block=64, num_warps=2), "ring_normalise": Config(block=128)}
 _ROWS = 7  # of y in a strip; 1 when there are too few strips for the multiprocessors
-_FEW = 512  # programs
+_FEW = 1024  # programs
 
 
 @triton.jit

@@ -77,7 +77,7 @@ Result compute(Call call, const Bytes& grad, size_t width, int64_t pieces) {
     Result r;
     int64_t all = call.n * call.c * call.h * call.w, out = call.pool ? call.n * call.c * call.oh * call.ow : all;
     r.y.resize(size_t(out) * width), r.dx.resize(size_t(all) * width);
-    call.out = r.y.data();
+    call.out = r.y.data(), call.threads = pieces;
     if (call.pool) r.place.resize(size_t(out)), call.place_out = r.place.data();
     in_pieces(call, forward_work(call), forward, pieces);
     call.grad = grad.data(), call.out = r.dx.data(), call.place = r.place.data();

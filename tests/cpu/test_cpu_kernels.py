@@ -248,6 +248,19 @@ def test_infinity_and_nan_go_where_torchs_do() -> None:
         torch.testing.assert_close(y, TF.local_response_norm(x, 5, 0.5, 0.75, 1.0), equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("magnitude", [3e-14, 1e13, 1e15, 1e18])
+def test_the_whole_range_of_fp32(magnitude: float, layout: torch.memory_format) -> None:
+    """Of s, whose power 3/2 is beyond it for the smallest and the largest of these."""
+    x = (torch.randn(2, 12, 3, 5).clamp(-3, 3) * magnitude).contiguous(memory_format=layout)
+    grad, arguments = like(x), (5, 0.1, 0.75, 0.0, 2)
+    check(OPS.lrn(x, *arguments), *(reference.lrn(t, *arguments) for t in (x.double(), x)))
+    dx = OPS.lrn_backward(grad, x, *arguments)
+    # without k, the gradient of a group is orthogonal to it: its terms cancel in part
+    direct = grad.double() * reference.lrn(x.double(), *arguments) / x.double()
+    check(dx, *(reference.lrn_backward(grad.to(t.dtype), t, *arguments) for t in (x.double(), x)), direct)
+
+
 @pytest.mark.parametrize("shape", [(2, 6), (2, 6, 5), (2, 6, 2, 3, 4)])
 def test_lrn_of_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

@@ -24,31 +24,12 @@ from alexnet_kernels.kernels._launch import Tile, run
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
-# Of rounding a result; the interpreter of Triton 3.6 truncates to bf16 where a GPU rounds.
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of rounding a result
 # Of one product: tf32 keeps 10 bits of both operands, three of its products nearly all of fp32's. Exact in the interpreter.
 PRODUCT = {"tf32": 2.0**-9, "tf32x3": 2.0**-19, "ieee": 0.0}
 # (stride, padding, dilation), groups
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 SAME: Geometry = ((1, 1), (1, 1), (1, 1), 1)
-
-
-@pytest.fixture(autouse=True)
-def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter of Triton 3.6 a product of bf16 is one of their bits: here both are widened first."""
-    if INTERPRETED:
-        import numpy as np
-        import triton.language as tl
-        from triton.runtime.interpreter import TensorHandle, interpreter_builder
-
-        dot = interpreter_builder.create_dot
-
-        def widened(v: Any) -> Any:
-            if v.dtype != tl.bfloat16:
-                return v
-            return TensorHandle((v.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-        monkeypatch.setattr(interpreter_builder, "create_dot", lambda a, b, *c: dot(widened(a), widened(b), *c))
 
 
 @pytest.fixture(autouse=True)

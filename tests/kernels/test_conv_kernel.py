@@ -23,31 +23,10 @@ from alexnet_kernels.kernels._launch import Tile, resident
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.float16, torch.bfloat16)
-# Of the result's rounding; Triton 3.6's interpreter truncates to bf16 where a GPU rounds.
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of the result's rounding
 # Of one product: both operands may lose 2^-10 in tf32; three products lose what two low parts would have given. In the
 # interpreter every precision is exact.
 PRODUCT = {"tf32": 2.0**-9, "tf32x3": 2.0**-19, "ieee": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _bf16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter multiplies the bits of bf16 as if they were integers; here they are widened first."""
-    if not INTERPRETED:
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle, interpreter_builder
-
-    dot = interpreter_builder.create_dot
-
-    def wide(t: Any) -> Any:
-        return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(a: Any, b: Any, *rest: Any) -> Any:
-        return dot(wide(a), wide(b), *rest) if a.dtype == tl.bfloat16 else dot(a, b, *rest)
-
-    monkeypatch.setattr(interpreter_builder, "create_dot", create_dot)
 
 
 @pytest.fixture(autouse=True)

@@ -78,10 +78,22 @@ def relative(value: Tensor, exact: Tensor) -> float:
     return float((value.double() - exact).norm() / exact.norm())
 
 
+def rounding(exact: Tensor, dtype: torch.dtype) -> float:
+    """What rounding to ``dtype`` alone does to the relative error (L2), in all but about one draw of a million.
+
+    An element's error is uniform within half a unit u in the last place either way: its square is u²/12 on average with a
+    variance of u⁴/180, and u²/4 at most. The sum of many squares stays within five standard deviations of its mean.
+    """
+    squares = (EPS[dtype] * exact.abs().log2().floor().exp2()) ** 2
+    bound = torch.minimum(squares.sum() / 12 + 5 * (squares.square().sum() / 180).sqrt(), squares.sum() / 4)
+    return float(bound.sqrt() / exact.norm())
+
+
 def check(x: Tensor, grad: Tensor, *args: Any, slack: float = APPROXIMATE) -> None:
-    """Both directions: an error at most 1.5 times that of the reference in this dtype, and right element by element."""
-    # Triton 3.6's interpreter truncates to bf16, twice the rms error of a GPU's rounding
-    factor = 2.5 if INTERPRETED and x.dtype == torch.bfloat16 else 1.5
+    """Both directions: an error at most 1.5 times that of the reference in this dtype, and right element by element.
+
+    The reference may have rounded a few elements by luck: what rounding alone may do is allowed in any case.
+    """
     pairs: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
         (kernel.forward, reference.lrn, (x,)),
         (kernel.backward, reference.lrn_backward, (grad, x)),
@@ -90,12 +102,8 @@ def check(x: Tensor, grad: Tensor, *args: Any, slack: float = APPROXIMATE) -> No
         result = ours(*tensors, *args)
         exact = theirs(*(t.double() for t in tensors), *args)
         assert (result.dtype, result.shape, result.stride()) == (x.dtype, x.shape, x.stride())
-        allowed = relative(theirs(*tensors, *args), exact)
-        if x.numel() <= (
-            4096 if factor == 2.5 else 64
-        ):  # the reference may round so few by luck; the bound by element holds
-            allowed = max(allowed, EPS[x.dtype] / 2)
-        assert relative(result, exact) <= factor * allowed + slack
+        allowed = max(1.5 * relative(theirs(*tensors, *args), exact), rounding(exact, x.dtype))
+        assert relative(result, exact) <= allowed + slack
         tolerance = EPS[x.dtype] + 8 * slack
         torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * float(exact.abs().max()))
 
