@@ -50,6 +50,7 @@ def lrn_scale(x: Tensor, size: int, alpha: Number, groups: int, alpha_mode: str)
     require_integer("size", size)
     if size < 1:
         raise ValueError(f"size={size} must be at least 1 (the number of neighbouring channels; the paper's is 5)")
+    require_integer("groups", groups)
     if groups != 1 and (groups < 1 or x.shape[1] % groups):
         raise ValueError(f"groups={groups} does not divide the {x.shape[1]} channels of input {tuple(x.shape)}")
     return _factor(size, alpha, alpha_mode)
@@ -73,8 +74,30 @@ def require_maps(x: Tensor, size: int) -> None:
         )
     if x.dim() not in (3, 4):
         raise ValueError(f"input has {x.dim()} dimensions, shape {tuple(x.shape)}: [N, C, H, W] or [C, H, W] is needed")
+    require_integer("size", size)
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size={size} must be odd and at least 1, so that the window has a centre")
+
+
+_CONVOLUTION = ("stride", "padding", "dilation", "groups")
+_STEM = ("stride", "padding", "ceil_mode")
+_NORM = ("size", "alpha", "beta", "k")
+_POOLING = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+
+
+def require_convolution(conv: object) -> None:
+    _require_parts("conv", conv, _CONVOLUTION)
+
+
+def require_block(norm: object, pooling: object) -> None:
+    """What comes after a convolution in one operation, complete."""
+    _require_parts("norm", norm, _NORM)
+    _require_parts("pooling", pooling, _POOLING)
+
+
+def _require_parts(name: str, value: object, parts: tuple[str, ...]) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+        raise ValueError(f"{name}={value!r} must be the {len(parts)} values ({', '.join(parts)})")
 
 
 def are_numbers(*coefficients: Number) -> bool:
@@ -115,6 +138,11 @@ def _pixel_numbers(x: Tensor, name: str, value: Channels) -> Tensor:
         if isinstance(value, (int, float)):
             raise TypeError(f"{name}={value!r} must be one number for each channel: {name}=({value!r},) * 3")
         numbers = torch.tensor(tuple(value), dtype=work, device=x.device)
+    if x.dim() == 4 and numbers.shape == x.shape[3:] != x.shape[1:2]:
+        raise ValueError(
+            f"input has the shape {tuple(x.shape)} with its channels last, where [N, C, H, W] is needed: pass "
+            "input.permute(0, 3, 1, 2), which copies nothing"
+        )
     if numbers.dim() != 1 or x.dim() < 3 or numbers.shape[0] != x.shape[-3]:
         raise ValueError(
             f"{name} has the shape {tuple(numbers.shape)}: it must be one number for each of the channels of input "
@@ -168,6 +196,7 @@ def overhanging(image: _image.Image, stride: Pair) -> _image.Image:
 def stem_image(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: Stem, mean: Channels | None, scale: Channels | None
 ) -> tuple[Pair, _image.Image]:
+    _require_parts("conv", conv, _STEM)
     stride, padding, ceil_mode = conv
     image = require_image(x, weight, bias, padding, mean, scale)
     if x.dim() != 4:

@@ -20,6 +20,8 @@ from ._arguments import (
     block_of,
     lrn_scale,
     overhanging,
+    require_block,
+    require_convolution,
     require_image,
     require_maps,
     require_precision,
@@ -78,6 +80,7 @@ def explain_conv_chain(x: Tensor, layers: Any) -> Explanation:
     (y,) = _meta(x)
     for weight, bias, conv in layers:
         require_tensor("weight", weight)
+        require_convolution(conv)
         y = reference.conv2d_relu(y, *_meta(weight, bias), *conv)
     return _conv_chain.explain(x, layers)
 
@@ -159,6 +162,7 @@ def explain_stem(
     relu: bool,
     **options: Any,
 ) -> Explanation:
+    require_block(norm, pooling)
     stride, image = stem_image(x, weight, bias, conv, mean, scale)
     image = _taken(image)
     block = block_of(weight, norm, pooling, **options)
@@ -244,6 +248,8 @@ def explain_conv_and_rest(
 ) -> Explanation:
     require_tensor("input", x)
     require_tensor("weight", weight)
+    require_convolution(conv)
+    require_block(norm, pooling)
     image, block = _image.image_of(x, weight, bias, *conv), block_of(weight, norm, pooling, **options)
     why = None
     if image is not None and block is not None:

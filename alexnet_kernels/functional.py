@@ -30,6 +30,8 @@ from ._arguments import (
     block_of,
     lrn_scale,
     overhanging,
+    require_block,
+    require_convolution,
     require_image,
     require_maps,
     require_precision,
@@ -178,8 +180,9 @@ def conv2d_relu_chain(input: Tensor, layers: Sequence[tuple[Tensor, Tensor | Non
     if has_torch_function_variadic(*tensors):
         return handle_torch_function(conv2d_relu_chain, tensors, input, layers)
     require_tensor("input", input)
-    for weight, _, _ in layers:
+    for weight, _, conv in layers:
         require_tensor("weight", weight)
+        require_convolution(conv)
     return _conv_chain.apply(input, layers)
 
 
@@ -308,6 +311,8 @@ def _conv_and_rest(
 ) -> Tensor:
     require_tensor("input", x)
     require_tensor("weight", weight)
+    require_convolution(conv)
+    require_block(norm, pooling)
     image = _image.image_of(x, weight, bias, *conv)
     if image is not None:
         y = _stem_in_one(image, norm, pooling, groups, alpha_mode, pool_first=pool_first)
@@ -504,6 +509,7 @@ def alexnet_stem(
     if has_torch_function_variadic(*tensors):
         block: dict[str, Any] = {"relu": relu, "pool_first": pool_first, "groups": groups, "alpha_mode": alpha_mode}
         return handle_torch_function(alexnet_stem, tensors, *tensors, *arguments, **block, mean=mean, scale=scale)
+    require_block(norm, pooling)
     stride, image = stem_image(*tensors, conv, mean, scale)
     image = _image.taken(image)
     if _image.why_plain(image, stride) is None:

@@ -144,10 +144,9 @@ class PixelConv2d(torch.nn.Conv2d):
 
     def _by_torch(self, input: Tensor) -> Tensor:
         """What torch's convolution is given: a prepared image in the weights' order of channels."""
-        if not _are_pixels(input) or self.mean is None or self.scale is None:
+        if self.mean is None or self.scale is None:
             return input
-        image = (input.float() - self.mean[:, None, None]) * self.scale[:, None, None]
-        return (image.flip(-3) if self.channels == "BGR" else image).to(self.weight.dtype)
+        return _prepared(input, self.mean, self.scale, self.channels == "BGR", self.weight.dtype)
 
     def _pixels_of(self, input: Tensor) -> dict[str, Any]:
         """How ``input`` is still to be prepared; floating-point images are."""
@@ -169,11 +168,27 @@ class PixelConv2d(torch.nn.Conv2d):
         self._place_numbers()  # afresh: a half type would round them, and only their device is to follow
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if (
+            self.mean is not None and self.mean.device != self.weight.device
+        ):  # load_state_dict(assign=True) moved the weights
+            self._place_numbers()
+
     def extra_repr(self) -> str:
         if self._numbers is None:
             return super().extra_repr()
         order = f", channels={self.channels!r}" if self.channels != "RGB" else ""
         return f"{super().extra_repr()}, mean={self._numbers[0]}, scale={self._numbers[1]}{order}"
+
+
+@torch.fx.wrap
+def _prepared(image: Tensor, mean: Tensor, scale: Tensor, reverse: bool, dtype: torch.dtype) -> Tensor:
+    """One call in a graph of ``torch.fx``, which then takes pixels and floating-point images as the module does."""
+    if not _are_pixels(image):
+        return image
+    image = (image.float() - mean[:, None, None]) * scale[:, None, None]
+    return (image.flip(-3) if reverse else image).to(dtype)
 
 
 def _are_pixels(input: object) -> bool:
@@ -293,7 +308,14 @@ class AlexNetStem(PixelConv2d):
         Raises:
             ValueError: ``conv`` has not 3 input channels, or has groups, dilation, a padding mode or a padding in words; ``pool``
                 returns indices.
+            TypeError: one of the three is another kind of layer.
         """
+        kinds = {"conv": torch.nn.Conv2d, "norm": torch.nn.LocalResponseNorm, "pool": torch.nn.MaxPool2d}
+        for (name, kind), given in zip(kinds.items(), (conv, norm, pool), strict=True):
+            if not isinstance(given, kind):
+                raise TypeError(
+                    f"{name} is a {type(given).__name__}, a stem needs a {kind.__name__}; leave the layers as they are"
+                )
         why = (
             f"in_channels={conv.in_channels}" if conv.in_channels != 3 else _why_not_image(conv) or _why_not_pool(pool)
         )
@@ -480,6 +502,10 @@ def conv1_relu(input: Tensor, children: Children) -> Tensor:
 
 
 def alexnet_stem(input: Tensor, children: Children) -> Tensor:
+    if input.dim() != 4:  # one image by itself, which the parts take
+        for child in children:
+            input = child(input)
+        return input
     conv, *_, first, second = children
     pool_first = isinstance(first, torch.nn.MaxPool2d)
     pool, norm = (first, second) if pool_first else (second, first)

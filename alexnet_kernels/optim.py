@@ -25,7 +25,8 @@ class SGD(torch.optim.SGD):
 
     A half parameter has its weight (``state[p]["master"]``) and its momentum in fp32: the step is fp32's, and the parameter is
     its result, rounded. What somebody else writes into such a parameter, loading a checkpoint or clamping it, is seen at the
-    next step: elements that are no longer the rounded master start from their new value, the others keep all their bits.
+    next step: elements that are no longer the rounded master start from their new value, the others keep all their bits. Write
+    under ``torch.no_grad()``: torch does not count what is written in place through ``p.data``, and the next step undoes it.
     On fp32 parameters state and numbers are those of ``torch.optim.SGD``, and the two load each other's ``state_dict``.
 
     On a CPU the step is torch's own fused one (``torch.optim.SGD(fused=True)``), several times as fast as torch's default. A
@@ -70,8 +71,8 @@ class SGD(torch.optim.SGD):
         self._forget()
 
     def _forget(self) -> None:
-        """What is no state, and is made when it is missing: each half parameter's version after its last step, address tables."""
-        self._versions: dict[Tensor, int] = {}
+        """What is no state, and is made when it is missing: each half parameter as its last step left it, address tables."""
+        self._left: dict[Tensor, tuple[int, int]] = {}
         self._tables: dict[int, dict[Any, Any]] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -98,7 +99,7 @@ class SGD(torch.optim.SGD):
             names = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
             settings = _optim.Settings(**{name: group[name] for name in names}, scaling=scaling)
             _optim.sgd(rows, settings, self._tables.setdefault(index, {}))
-            self._versions.update((row.weight, row.weight._version) for row in rows if row.master is not row.weight)
+            self._left.update((row.weight, _stamp(row.weight)) for row in rows if row.master is not row.weight)
         return loss
 
     def _row(self, p: Tensor, group: Mapping[str, Any]) -> _optim.Row:
@@ -124,7 +125,7 @@ class SGD(torch.optim.SGD):
         if "master" not in state:
             state["master"] = p.detach().float()
         master: Tensor = state["master"]
-        if self._versions.get(p) != p._version:
+        if self._left.get(p) != _stamp(p):
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         return master
 
@@ -148,6 +149,11 @@ class SGD(torch.optim.SGD):
                     self.state[p][key] = torch.empty_like(p, dtype=work, requires_grad=False).copy_(value)
             if p.dtype not in _HALF and p in self.state:
                 self.state[p].pop("master", None)
+
+
+def _stamp(p: Tensor) -> tuple[int, int]:
+    """What changes with a tensor's values: torch's count of writes, and the address, for ``p.data = other`` is not counted."""
+    return p._version, p.data_ptr()
 
 
 def _require_no_dampening(dampening: float) -> None:

@@ -12,10 +12,26 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Pair = int | tuple[int, int]
 
 _BLOCK = 1 << 18  # elements a block of `_blocked`: its fp32 temporaries (1 MiB each) stay in a core's cache
+
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a function transform is at work: those of ``torch.func``, forward mode, or what batches gradients for
+    ``is_grads_batched``.
+
+    Then a tensor may stand for many, which do not say how they lie in memory, and writing in place need not compose.
+    """
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and any(map(_is_batched, tensors))
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,13 +42,16 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 def _by_group(x: Tensor, groups: int) -> tuple[Tensor, int]:
     """``x`` in the dtype that sums are formed in, and the dim that a window runs over: 1, or 2 behind the groups."""
     z = x.to(arithmetic_dtype(x.dtype))
-    return (z, 1) if groups == 1 else (z.unflatten(1, (groups, -1)), 2)
+    return (z, 1) if groups == 1 else (z.reshape(z.shape[0], groups, z.shape[1] // groups, *z.shape[2:]), 2)
 
 
 def _window_sum(values: Tensor, dim: int, before: int, after: int) -> Tensor:
     """``Σ values[j]`` over ``c - before <= j <= c + after`` for each place c along ``dim``, inside it."""
-    total = values.clone()
     channels = values.shape[dim]
+    if is_transformed():
+        reach = F.pad(values, (0, 0) * (values.dim() - 1 - dim) + (before, after))
+        return reach.unfold(dim, before + after + 1, 1).sum(-1)
+    total = values.clone()
     for d in range(1, min(before, channels - 1) + 1):
         total.narrow(dim, d, channels - d).add_(values.narrow(dim, 0, channels - d))
     for d in range(1, min(after, channels - 1) + 1):
@@ -42,7 +61,10 @@ def _window_sum(values: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 def _denominator(x: Tensor, dim: int, size: int, scale: float, k: float) -> Tensor:
     """``s = k + scale · Σ x²`` over a window of ``size`` channels, ``size // 2`` of them before: torch's rule for even sizes."""
-    return _window_sum(x * x, dim, size // 2, (size - 1) // 2).mul_(scale).add_(k)
+    total = _window_sum(x * x, dim, size // 2, (size - 1) // 2)
+    if is_transformed():
+        return total * scale + k
+    return total.mul_(scale).add_(k)
 
 
 def _power(s: Tensor, beta: float | Tensor) -> Tensor:
@@ -65,7 +87,7 @@ def lrn(x: Tensor, size: int, scale: float, beta: float, k: float, groups: int =
         return parts[0] if groups == 1 else torch.cat(parts, 1)
     z, dim = _by_group(x, groups)
     y = (z / _power(_denominator(z, dim, size, scale, k), beta)).to(x.dtype)
-    return y if dim == 1 else y.flatten(1, 2)
+    return y if dim == 1 else y.reshape(x.shape)
 
 
 def lrn_backward(grad: Tensor, x: Tensor, size: int, scale: float, beta: float, k: float, groups: int = 1) -> Tensor:
@@ -76,7 +98,7 @@ def lrn_backward(grad: Tensor, x: Tensor, size: int, scale: float, beta: float, 
     direct = g / _power(s, beta)
     shared = _window_sum(direct * z / s, dim, (size - 1) // 2, size // 2)
     dx = (direct - (2 * beta * scale) * z * shared).to(x.dtype)
-    return dx if dim == 1 else dx.flatten(1, 2)
+    return dx if dim == 1 else dx.reshape(x.shape)
 
 
 def by_blocks(op: Callable[..., Tensor], tensors: tuple[Tensor, ...], *args: float) -> Tensor:
@@ -86,7 +108,8 @@ def by_blocks(op: Callable[..., Tensor], tensors: tuple[Tensor, ...], *args: flo
     the last of them. LRN gains about 1.6x by this on a 32 MiB cache.
     """
     like = tensors[-1]
-    if like.device.type != "cpu" or like.numel() <= _BLOCK or like.shape[0] < 2:
+    whole = like.device.type != "cpu" or like.numel() <= _BLOCK or like.shape[0] < 2
+    if whole or is_transformed(*tensors):
         return op(*tensors, *args)
     images = max(1, _BLOCK * like.shape[0] // like.numel())
     out = torch.empty_like(like)
@@ -289,15 +312,21 @@ def indices(place: Tensor, window: Sequence[int], width: int) -> Tensor:
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """``x``'s elements at ``index``, positions in each map: what pooling took, and the gradient of what it spreads."""
-    return x.flatten(2).gather(2, index.flatten(2)).view(index.shape)
+    return _rows(x).gather(2, _rows(index)).view(index.shape)
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """Each map [H, W] as one row."""
+    n, c, h, w = maps.shape
+    return maps.reshape(n, c, h * w)
 
 
 def max_pool2d_backward(grad: Tensor, place: Tensor, height: int, width: int, window: Sequence[int]) -> Tensor:
     """Gradient of :func:`max_pool2d`: ``dx[h, w] = Σ grad`` of the windows whose place is ``(h, w)``."""
-    index = indices(place, window, width).flatten(2)
-    values = grad.to(arithmetic_dtype(grad.dtype)).flatten(2)
+    index = _rows(indices(place, window, width))
+    values = _rows(grad.to(arithmetic_dtype(grad.dtype)))
     zeros = values.new_zeros(*index.shape[:2], height * width)
-    return zeros.scatter_add(2, index, values).unflatten(2, (height, width)).to(grad.dtype)
+    return zeros.scatter_add(2, index, values).view(*index.shape[:2], height, width).to(grad.dtype)
 
 
 def activation(x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:

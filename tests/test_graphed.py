@@ -123,7 +123,7 @@ X = torch.zeros(3, 4)
 REFUSED: list[tuple[type[Exception], str, Any]] = [
     (TypeError, "example must be a torch.Tensor, got list", lambda: models.graphed(LINEAR, [1.0])),
     (ValueError, r"example has shape \(0, 4\); a batch of at least one", lambda: models.graphed(LINEAR, X[:0])),
-    (ValueError, "model is in training mode.*call model.eval", lambda: models.graphed(torch.nn.Linear(4, 2), X)),
+    (ValueError, "training mode.*call model.eval", lambda: models.graphed(torch.nn.Linear(4, 2), X)),
     (ValueError, "micro_batch=0 must be at least 1", lambda: models.graphed(LINEAR, X, 0)),
     (TypeError, "model returns tuple, not a tensor; wrap it", lambda: models.graphed(Pair().eval(), X, 2)),
     (ValueError, "model has tensors on cpu, the example is on meta", lambda: models.graphed(LINEAR, X.to("meta"))),
@@ -150,7 +150,15 @@ def test_refused_once_it_trains() -> None:
     model = torch.nn.Linear(4, 2).eval()
     fast = models.graphed(model, X)
     model.train()
-    with pytest.raises(RuntimeError, match=r"model is in training mode now; call model.eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"model, or a module in it, is in training mode now; call model.eval\(\)"):
+        fast(X)
+
+
+def test_refused_once_a_module_in_it_trains() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout()).eval()
+    fast = models.graphed(model, X)
+    model[1].train()
+    with pytest.raises(RuntimeError, match="model, or a module in it, is in training mode now"):
         fast(X)
 
 

@@ -220,6 +220,14 @@ def test_any_shape_agrees_with_torch(n, channels, spatial, size, beta, seed) -> 
     torch.testing.assert_close(F.local_response_norm(x, size, 0.3, beta), TF.local_response_norm(x, size, 0.3, beta))
 
 
+def test_a_trace_needs_torch_alone() -> None:
+    """What is saved loads where this package is not, as convolutions and pooling do."""
+    x = torch.randn(1, 6, 4, 4)
+    traced = torch.jit.trace(ak.nn.LocalResponseNorm(3, groups=2), (x,))
+    assert "alexnet_kernels::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x + 1), F.local_response_norm(x + 1, 3, groups=2))
+
+
 def test_module_is_torchs() -> None:
     ours, theirs = ak.nn.LocalResponseNorm(3, 1e-2, 0.5, 1.5), torch.nn.LocalResponseNorm(3, 1e-2, 0.5, 1.5)
     x = torch.randn(2, 6, 3, 3)
@@ -245,6 +253,8 @@ BAD = [
         "groups=4 does not divide the 6 channels",
         lambda: F.local_response_norm(torch.zeros(1, 6, 3), 5, groups=4),
     ),
+    (TypeError, r"groups=2.0 must be an integer", lambda: F.local_response_norm(torch.zeros(1, 6, 3), 5, groups=2.0)),
+    (TypeError, r"size='3' must be an integer", lambda: F.spatial_response_norm(torch.zeros(1, 6, 3, 3), "3")),
     (ValueError, "groups=0 does not divide", lambda: F.local_response_norm(torch.zeros(1, 6, 3), 5, groups=0)),
     (
         ValueError,

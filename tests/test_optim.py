@@ -309,6 +309,32 @@ def test_what_others_write_into_a_half_parameter_is_seen(device: torch.device, b
     assert torch.equal(master[50:], before[50:]) and not torch.equal(before[50:].bfloat16().float(), before[50:])
 
 
+def test_another_tensor_in_the_place_of_a_half_parameter_is_seen(device: torch.device, backend: str) -> None:
+    """``p.data = other``, as ``torch.nn.utils.vector_to_parameters`` does."""
+    p = torch.ones(9, device=device, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = SGD([p], lr=0.5)
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        p.data = torch.full_like(p, 3)
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, 2.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_what_no_fused_step_takes_is_stepped_as_torch_does(dtype: torch.dtype) -> None:
+    """Parameters converted between two steps, whose momentum stays what it was; complex ones."""
+    start = torch.randn(5, dtype=torch.float32 if dtype == torch.float64 else dtype)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
+    for p, kind in ((ours, SGD), (theirs, torch.optim.SGD)):
+        optimizer = kind([p], 0.1, momentum=0.5)
+        for _ in range(2):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            p.data = p.data.to(dtype)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_graph_that_needs_the_old_weight_says_so(device: torch.device, backend: str) -> None:
     p = torch.randn(4, device=device, requires_grad=True)
     y = p.square().sum()

@@ -349,6 +349,14 @@ def test_compiled_and_exported(name: str, layout: torch.memory_format) -> None:
     torch.testing.assert_close(traced(x), module(x))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN layout")
+def test_onednns_own_layout_is_torchs() -> None:
+    x = torch.randn(1, 8, 64, 64)
+    for size in (64, 9):  # large enough for a kernel, and not
+        part = x[..., :size, :size]
+        torch.testing.assert_close(F.max_pool2d(part.to_mkldnn(), 3, 2).to_dense(), TF.max_pool2d(part, 3, 2))
+
+
 def test_a_graph_without_kernels_holds_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     for op in stand_in.OPERATIONS:

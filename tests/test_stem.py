@@ -732,6 +732,8 @@ BAD = [
     (ValueError, r"input is torch.uint8.*mean and scale are missing: pass what.*mean=\(0, 0, 0\)", lambda f: f(PIXELS, W)),
     (ValueError, r"mean without scale.*scale=\(1, 1, 1\) changes nothing", lambda f: f(PIXELS, W, mean=MEAN)),
     (ValueError, r"scale without mean.*mean=\(0, 0, 0\) changes nothing", lambda f: f(PIXELS, W, scale=SCALE)),
+    (ValueError, r"shape \(1, 27, 27, 3\) with its channels last.*input.permute\(0, 3, 1, 2\)",
+     lambda f: f(torch.zeros(1, 27, 27, 3, dtype=torch.uint8), W, mean=MEAN, scale=SCALE)),
     (ValueError, r"mean has the shape \(2,\).*one number for each", lambda f: f(PIXELS, W, mean=(1, 2), scale=SCALE)),
     (ValueError, r"scale has the shape \(3, 1\)", lambda f: f(PIXELS, W, mean=MEAN, scale=torch.ones(3, 1))),
     (TypeError, r"mean=128 must be one number for each channel.*\* 3", lambda f: f(PIXELS, W, mean=128, scale=SCALE)),
@@ -764,6 +766,11 @@ def test_errors_name_argument_value_and_remedy(either: str, function, kind, mess
         (r"padding=-1 must be a number", lambda: F.conv1_relu(X, W, padding=-1)),
         (r"input has 3 dimensions, shape \(3, 27, 27\).*unsqueeze", lambda: F.alexnet_stem(X[0], W)),
         ("groups=4 does not divide the 6 channels", lambda: F.alexnet_stem(X, W, groups=4)),
+        (r"norm=\(5, 0.0001\) must be the 4 values \(size, alpha, beta, k\)", lambda: F.alexnet_stem(X, W, norm=(5, 1e-4))),
+        (r"conv=\(4, 0\) must be the 3 values", lambda: F.alexnet_stem(X, W, None, (4, 0))),
+        (r"pooling=3 must be the 5 values", lambda: F.alexnet_stem(X, W, pooling=3)),
+        (r"conv=\(4, 0\) must be the 4 values \(stride, padding, dilation, groups\)",
+         lambda: F.conv2d_relu_lrn_max_pool2d(X, W, None, (4, 0), (5, 1e-4, 0.75, 1.0), (3, 2, 0, 1, False))),
         ("size=0 must be at least 1", lambda: F.alexnet_stem(X, W, norm=(0, 1e-4, 0.75, 1.0))),
         ("alpha_mode='max' is unknown", lambda: F.alexnet_stem(X, W, alpha_mode="max")),
         ("channels='GBR' is no order", lambda: nn.PixelConv2d(3, 6, 11, channels="GBR")),
@@ -778,6 +785,39 @@ def test_errors_name_argument_value_and_remedy(either: str, function, kind, mess
 def test_errors_of_the_rest(either: str, message: str, call: Callable[[], object]) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_stem_of_other_layers_is_refused() -> None:
+    with pytest.raises(TypeError, match="pool is a AvgPool2d, a stem needs a MaxPool2d"):
+        nn.AlexNetStem.from_layers(tnn.Conv2d(3, 6, 11, 4), tnn.LocalResponseNorm(5), tnn.AvgPool2d(3, 2))
+
+
+def test_one_image_through_a_fused_block(either: str) -> None:
+    """Its parts take it by itself, so the whole does."""
+    layers = (nn.PixelConv2d(3, 6, 11, 4), tnn.ReLU(), tnn.LocalResponseNorm(3), tnn.MaxPool2d(3, 2))
+    x = torch.randn(3, 43, 43)
+    torch.testing.assert_close(nn.FusedSequential(*layers)(x), tnn.Sequential(*layers)(x))
+
+
+@pytest.mark.parametrize("kind", [nn.PixelConv2d, nn.CeilConv2d])
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_a_graph_of_fx_takes_pixels_and_images(kind, channels: str) -> None:
+    conv = kind(3, 6, 11, 4, mean=MEAN, scale=SCALE, channels=channels)
+    graph = torch.fx.symbolic_trace(conv)
+    for x in (torch.randint(256, (1, 3, 28, 28), dtype=torch.uint8), torch.randn(1, 3, 28, 28)):
+        torch.testing.assert_close(
+            graph(x), conv(x), rtol=1e-4, atol=1e-3
+        )  # images are turned round there, weights here
+
+
+def test_means_follow_weights_that_are_assigned() -> None:
+    """Made without memory, then given a checkpoint's tensors."""
+    source = nn.PixelConv2d(3, 6, 11, 4, mean=MEAN, scale=SCALE)
+    with torch.device("meta"):
+        made = nn.PixelConv2d(3, 6, 11, 4, mean=MEAN, scale=SCALE)
+    made.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randint(256, (1, 3, 27, 27), dtype=torch.uint8)
+    assert torch.equal(made(x), source(x))
 
 
 def test_errors_of_torchs_functions_stay_torchs(either: str) -> None:

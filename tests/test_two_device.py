@@ -330,12 +330,31 @@ def _bad() -> Iterator[tuple[str, object]]:
     )
     state = models.alexnet("tiny").state_dict()
     yield "state has no 'features.9.weight'", lambda: split_state(state, geometry.variant("source2012"))
+    for convert in (split_state, merge_state):
+        yield "fc8='splitt' is unknown", lambda convert=convert: convert(state, geometry.variant("tiny"), fc8="splitt")
 
 
 @pytest.mark.parametrize(("message", "call"), list(_bad()), ids=lambda v: v if isinstance(v, str) else "")
 def test_errors(message: str, call) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_from_another_kind_of_network() -> None:
+    with pytest.raises(
+        TypeError, match=r"model is torch.nn.modules.linear.Linear: an alexnet_kernels.models.AlexNet is"
+    ):
+        TwoDeviceAlexNet.from_one_device(torch.nn.Linear(1, 1), CPUS)
+
+
+@pytest.mark.parametrize("fc8", FC8)
+def test_from_a_network_with_another_head(fc8: str) -> None:
+    """As fine-tuning replaces it."""
+    one = models.alexnet("tiny").eval()
+    one.classifier[-1] = torch.nn.Linear(one.classifier[-1].in_features, 5)
+    two = TwoDeviceAlexNet.from_one_device(one, CPUS, fc8)
+    x = torch.randn(1, 3, 227, 227)
+    torch.testing.assert_close(two(x), one(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ Depth first: layer after layer on a whole batch, each activation goes to memory 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,14 +48,17 @@ class Graphed:
 
     def __init__(self, model: torch.nn.Module, example: Tensor, micro_batch: int | None = None) -> None:
         _require_batch("example", example)
-        if any(module.training for module in model.modules()):
-            raise ValueError("model is in training mode, where results depend on the batch; call model.eval() first")
+        if _trains(model.modules()):
+            raise ValueError(
+                "model, or a module in it, is in training mode, where results depend on the batch; call model.eval() first"
+            )
         _require_one_device(model, example)
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(
                 f"micro_batch={micro_batch} must be at least 1 (images at a time), or None for what fits in cache"
             )
         self.model, self._autocast = model, _Autocast(example.device)
+        self._modules = list(model.modules())
         with torch.inference_mode(False):  # a tensor made in that mode could be written to in it alone
             self._input = example.detach().clone()
         with self._autocast.on():
@@ -89,8 +92,8 @@ class Graphed:
             RuntimeError: the model is in training mode, or a weight lies elsewhere than it did when the graph was captured.
         """
         _require_like("x", x, self._input)
-        if self.model.training:
-            raise RuntimeError("model is in training mode now; call model.eval(), or model itself")
+        if _trains(self._modules):
+            raise RuntimeError("model, or a module in it, is in training mode now; call model.eval(), or model itself")
         self._input.copy_(x)
         if self._graph is None:
             return self._compute()
@@ -105,6 +108,10 @@ class Graphed:
     def __repr__(self) -> str:
         how = "one CUDA graph" if self._graph is not None else f"no graph on {self._input.device.type}"
         return f"Graphed({type(self.model).__name__}, {_described(self._input)}, micro_batch={self.micro_batch}, {how})"
+
+
+def _trains(modules: Iterable[torch.nn.Module]) -> bool:
+    return any(module.training for module in modules)
 
 
 def graphed(model: torch.nn.Module, example: Tensor, micro_batch: int | None = None) -> Graphed:

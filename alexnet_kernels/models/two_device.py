@@ -74,9 +74,22 @@ class TwoDeviceAlexNet(torch.nn.Module):
     def from_one_device(
         cls, model: AlexNet, devices: Devices = ("cuda:0", "cuda:1"), fc8: FC8 = "device0"
     ) -> TwoDeviceAlexNet:
-        """The same network, weights and mode on two devices."""
-        made = cls(model.variant, devices=devices, fc8=fc8).to(next(model.parameters()).dtype)
-        made.load_state_dict(split_state(model.state_dict(), model.variant, fc8))
+        """The same network, weights and mode on two devices; as many classes as ``model`` has now, if its head was replaced.
+
+        Raises:
+            TypeError: ``model`` is no :class:`AlexNet` of this package.
+            ValueError: as the constructor's.
+        """
+        if not isinstance(model, AlexNet):
+            raise TypeError(
+                f"model is {type(model).__module__}.{type(model).__name__}: an alexnet_kernels.models.AlexNet is needed, "
+                "whose variant says how to divide it; load the weights into models.alexnet(...) first"
+            )
+        state = model.state_dict()
+        *_, (name, path, _) = _weighted(model.variant)
+        classes = _entry(state, f"{path}.weight", name).shape[0]
+        made = cls(model.variant, classes, devices, fc8).to(next(model.parameters()).dtype)
+        made.load_state_dict(split_state(state, made.variant, fc8))
         return made.train(model.training)
 
     def to_one_device(self, device: str | torch.device = "cpu") -> AlexNet:
@@ -199,6 +212,7 @@ def _tower(variant: Variant, index: int, fc8: FC8) -> Network:
 
 def split_state(state: Mapping[str, Tensor], variant: Variant, fc8: FC8 = "device0") -> dict[str, Tensor]:
     """A one-device ``state_dict`` as a two-device one: every tensor in halves of dim 0, fc8 as ``fc8`` says."""
+    geometry.check_fc8(fc8)
     divided: dict[str, Tensor] = {}
     for name, path, last in _weighted(variant):
         weight, bias = _entry(state, f"{path}.weight", name), _entry(state, f"{path}.bias", name)
@@ -215,6 +229,7 @@ def split_state(state: Mapping[str, Tensor], variant: Variant, fc8: FC8 = "devic
 
 def merge_state(state: Mapping[str, Tensor], variant: Variant, fc8: FC8 = "device0") -> dict[str, Tensor]:
     """The inverse of :func:`split_state`; the result lies on the first tower's device."""
+    geometry.check_fc8(fc8)
     merged: dict[str, Tensor] = {}
     for name, path, last in _weighted(variant):
         for kind in ("weight", "bias"):

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from . import _choice
 from ._choice import Choice, Facts, Pass
-from ._library import layout_of, triton_why_not
+from ._library import dense, layout_of, triton_why_not
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 Pair = tuple[int, int]
@@ -178,7 +178,7 @@ def gradients(
 
 def cudnn_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
     split = is_split("forward", x, weight, args, relu or bias is not None)
-    y = convolution(x, weight, args, split).contiguous(memory_format=layout_of(x))
+    y = dense(convolution(x, weight, args, split), layout_of(x))
     return epilogue(y, bias, relu)
 
 
@@ -249,7 +249,7 @@ def runs_ours(y: Tensor) -> bool:
 
 def _reference_forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, *args: Any) -> Tensor:
     y = reference.conv2d(x, weight, bias, relu, *args[:-1])
-    return y.contiguous(memory_format=layout_of(x))
+    return dense(y, layout_of(x))
 
 
 def _reference_dgrad(dz: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, channels_last
 
 from .. import reference
-from ._library import wants_gradient, why_transformed
+from ._library import dense, wants_gradient, why_transformed
 from ._stem_ways import STRIDE, WINDOW, Padding
 
 
@@ -116,7 +116,7 @@ def prepared(image: Image) -> tuple[Tensor, tuple[int, int]]:
     x, weight, _, mean, scale, padding = image
     dtype = _dtype(weight)
     if x.dtype == torch.uint8 and x.dim() == 4:
-        x = x.contiguous(memory_format=channels_last)
+        x = dense(x, channels_last)
     if mean is not None and scale is not None:
         x = reference.pixels(x, mean, scale, dtype)
     elif dtype == weight.dtype:  # autocast casts by itself

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .. import _extension, dispatch, reference
 from . import pool
 from ._conv_ways import torchs_precision
-from ._library import layout_of
+from ._library import dense, layout_of, why_transformed
 
 STRIDE = 4
 WINDOW = (3, 11, 11)
@@ -100,6 +100,9 @@ def cuda_stem_why_not(x: Tensor, weight: Tensor, *args: Any) -> str | None:
 
 
 def _cuda_backward_why_not(grad: Tensor, a: Tensor | None, x: Tensor, weight: Tensor, *_: Any) -> str | None:
+    why = why_transformed()
+    if why is not None:
+        return why
     if any(t is not None and t.data_ptr() % 16 for t in (grad, a)):
         return "reads 16 bytes at once, and a tensor begins between two of those"
     return _why_not("conv1_backward", x, weight)
@@ -131,7 +134,7 @@ def _reference_conv1(
 
 def _reference_stem(*args: Any) -> Map:
     keep = args[-1]
-    a = _reference_conv1(*args[:7]).contiguous(memory_format=channels_last)
+    a = dense(_reference_conv1(*args[:7]), channels_last)
     block: Any = args[7:]
     y, place = pool.in_layout(reference.lrn_pool(a, None, False, *block), channels_last)
     return y, a if keep else a.new_empty(0), place
@@ -152,7 +155,7 @@ def _reference_backward(
 
 
 def _laid(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient.contiguous(memory_format=layout_of(like)) if gradient.dim() == 4 else gradient
+    return dense(gradient, layout_of(like)) if gradient.dim() == 4 else gradient
 
 
 # Not timed yet: bench/results/PENDING.md. The kernel reads 8-bit pixels where the other way writes and reads them again

@@ -29,6 +29,7 @@ from ._conv_ways import Arguments, Precision, layout_for
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
+    as_forward,
     dense,
     is_direct,
     layout_of,
@@ -149,7 +150,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if is_direct(grad, x, weight, y) and not wants_gradient(grad, x, weight):
         run = _backward
     *geometry, precision = ctx.arguments
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         found = run(grad, x, weight, y, *geometry, mask, precision)
     return tuple(g if wanted else None for g, wanted in zip(found, mask, strict=True))
 

@@ -19,7 +19,7 @@ from . import _conv_ways as ways
 from . import conv
 from ._conv_arguments import prepared_chain
 from ._conv_ways import Arguments
-from ._library import dense, is_direct, layout_of, wants_gradient
+from ._library import as_forward, dense, is_direct, layout_of, wants_gradient
 
 Layer = tuple[Tensor, Tensor | None, Sequence[Any]]  # weight, bias, (stride, padding, dilation, groups)
 Plan = Sequence[Arguments]
@@ -43,7 +43,7 @@ class ConvChain(torch.autograd.Function):
         count = len(ctx.plan) + 1
         maps, parameters = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         run = _differentiable if torch.is_grad_enabled() else _gradients
-        with dispatch.use_backend(ctx.backend):
+        with as_forward(ctx, grad):
             return None, *run(ctx.plan, grad, maps, parameters, ctx.needs_input_grad[1:])
 
 

@@ -20,6 +20,7 @@ from . import conv, lrn, pool
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
+    as_forward,
     compiled_why_not,
     dense,
     is_direct,
@@ -120,7 +121,7 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | N
     run: Any = lrn_pool_backward
     if is_direct(grad, x, bias) and not wants_gradient(grad, x, bias):
         run = _backward
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         dx, dbias = run(grad, x, bias, place, ctx.relu, *ctx.arguments.of_backward, with_bias_grad)
     return dx, dbias if with_bias_grad else None
 
@@ -317,7 +318,7 @@ def _reference_forward(x: Tensor, *args: Any) -> Outputs:
 
 def _reference_backward(grad: Tensor, x: Tensor, *args: Any) -> Outputs:
     dx, dbias = reference.lrn_pool_backward(grad, x, *args)
-    return dx.contiguous(memory_format=layout_of(x)), dbias
+    return dense(dx, layout_of(x)), dbias
 
 
 dispatch.register("lrn_pool", "triton", _triton_forward, _triton_why_not)

@@ -21,6 +21,7 @@ from .. import dispatch, reference
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
+    as_forward,
     is_direct,
     runs_compiled,
     triton_why_not,
@@ -76,7 +77,7 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, y = ctx.saved_tensors
     mask = list(ctx.needs_input_grad[:3])
     run = _backward if is_direct(grad, x, weight) and not wants_gradient(grad, x, weight) else linear_relu_backward
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         grads = run(grad, x, weight, y, ctx.p, mask)
     return (*(g if asked else None for g, asked in zip(grads, mask, strict=True)), None, None)
 

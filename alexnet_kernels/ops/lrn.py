@@ -18,6 +18,7 @@ from .. import dispatch, reference
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
+    as_forward,
     compiled_why_not,
     dense,
     is_direct,
@@ -73,7 +74,7 @@ def _arguments(ctx: Any) -> tuple[int, float, float, float, int]:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     run = _backward if is_direct(grad, x) and not wants_gradient(grad, x) else lrn_backward
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         return run(grad, x, *_arguments(ctx)), None, None, None, None, None
 
 
@@ -122,6 +123,8 @@ def explain(x: Tensor, size: int, scale: float, beta: float, k: float, groups: i
 def _why_plain(x: Tensor) -> str | None:
     if not x.is_floating_point():
         return f"torch's own LRN runs for {x.dtype}"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operations, so that what it saves needs torch alone"
     return why_transformed()
 
 
@@ -142,11 +145,11 @@ def _triton_backward(*args: Any) -> Tensor:
 
 
 def _reference_forward(x: Tensor, *args: Any) -> Tensor:
-    return reference.by_blocks(reference.lrn, (x,), *args).contiguous(memory_format=layout_of(x))
+    return dense(reference.by_blocks(reference.lrn, (x,), *args), layout_of(x))
 
 
 def _reference_backward(grad: Tensor, x: Tensor, *args: Any) -> Tensor:
-    return reference.by_blocks(reference.lrn_backward, (grad, x), *args).contiguous(memory_format=layout_of(x))
+    return dense(reference.by_blocks(reference.lrn_backward, (grad, x), *args), layout_of(x))
 
 
 def _cpu_why_not(*args: Any) -> str | None:

@@ -14,6 +14,8 @@ from torch.optim.sgd import sgd as torchs_sgd
 from .. import dispatch, reference
 from ._library import _ORDINARY, triton_why_not
 
+_CPU_DTYPES = (torch.float32, torch.float64)
+
 
 class Settings(NamedTuple):
     """What every parameter of a step shares; ``scaling`` is ``GradScaler``'s scale and its count of infinities."""
@@ -113,6 +115,9 @@ def _cpu_why_not(members: list[Row], settings: Settings, tables: dict[Any, Any],
         return f"no kernel for device {key[0].type!r}"
     if settings.scaling is not None:
         return "a gradient scale: torch's kernel would divide the gradients in place"
+    odd = next((row for row in members if not row.master.dtype == row.buffer.dtype in _CPU_DTYPES), None)
+    if odd is not None:
+        return f"a weight in {odd.master.dtype} with its momentum in {odd.buffer.dtype}"
     return _why_by_elements(members, key)
 
 

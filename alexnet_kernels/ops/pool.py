@@ -22,6 +22,7 @@ from .. import dispatch, reference
 from ._library import (
     AUTOCAST_KEYS,
     LIBRARY,
+    as_forward,
     compiled_why_not,
     dense,
     is_direct,
@@ -124,7 +125,7 @@ def _gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if place.dim() == 1:
         raise RuntimeError(NOTHING_KEPT)
     run: Any = _backward if is_direct(grad) and not wants_gradient(grad) else max_pool2d_backward
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         return run(grad, place, ctx.height, ctx.width, ctx.window), None, None, None
 
 
@@ -175,6 +176,8 @@ def why_plain(x: Tensor, window: tuple[int, ...] | None, ceil_mode: bool) -> str
     """What a window kernel is never asked: torch answers that, or says what is wrong with it."""
     if not x.is_floating_point():
         return f"torch's own pooling runs for {x.dtype}"
+    if x.layout is not torch.strided:
+        return f"torch's own pooling runs for {x.layout}"
     if x.dim() != 4 or x.numel() == 0:
         return f"torch's own pooling runs for the shape {tuple(x.shape)}"
     if (
@@ -306,7 +309,7 @@ def _cpu_backward(*args: Any) -> Tensor:
 
 def in_layout(outputs: Outputs, layout: memory_format) -> Outputs:
     y, place = outputs
-    return y.contiguous(memory_format=layout), place.contiguous(memory_format=layout) if place.dim() == 4 else place
+    return dense(y, layout), dense(place, layout) if place.dim() == 4 else place
 
 
 def _reference_forward(x: Tensor, *args: Any) -> Outputs:
@@ -314,7 +317,7 @@ def _reference_forward(x: Tensor, *args: Any) -> Outputs:
 
 
 def _reference_backward(grad: Tensor, place: Tensor, *args: Any) -> Tensor:
-    return reference.max_pool2d_backward(grad, place, *args).contiguous(memory_format=layout_of(place))
+    return dense(reference.max_pool2d_backward(grad, place, *args), layout_of(place))
 
 
 dispatch.register("max_pool2d", "triton", _triton_forward, _triton_why_not)

@@ -25,7 +25,7 @@ from torch.library import fallthrough_kernel, register_autograd, register_fake
 from .. import dispatch, reference
 from . import fused, pool
 from ._conv_ways import layout_for
-from ._library import AUTOCAST_KEYS, LIBRARY, dense, is_direct, layout_of, wants_gradient
+from ._library import AUTOCAST_KEYS, LIBRARY, as_forward, dense, is_direct, layout_of, wants_gradient
 from ._stem_arguments import Image, cast, out_size, why_plain
 from ._stem_ways import STRIDE, Map, Padding, cuda_conv1_why_not, cuda_stem_why_not
 from .fused import Norm, Pool
@@ -152,7 +152,7 @@ def _of_image(ctx: Any, grad: Tensor, a: Tensor | None) -> tuple[Tensor | None, 
 def _gradient_conv1(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad):
         return (*_of_image(ctx, grad, ctx.saved_tensors[4]), *[None] * 4)
 
 
@@ -162,7 +162,7 @@ def _gradient_stem(ctx: Any, grad: Tensor | None, grad_a: Tensor | None, _: Tens
     if place.dim() == 1:
         raise RuntimeError(_NOTHING_KEPT)
     dz = None
-    with dispatch.use_backend(ctx.backend):
+    with as_forward(ctx, grad, grad_a):
         if grad is not None:
             masked = ctx.relu and grad_a is None
             run: Any = fused.lrn_pool_backward
