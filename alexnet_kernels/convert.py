@@ -204,4 +204,5 @@ def _outside(parent: torch.nn.Module) -> Iterator[tuple[str, str, str]]:
 
 
 def _qualified(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    module = nn.__name__ if getattr(nn, kind.__qualname__, None) is kind else kind.__module__
+    return f"{module}.{kind.__qualname__}"
