@@ -36,7 +36,7 @@ from alexnet_kernels.ops import _conv_ways as ways
 from alexnet_kernels.ops._choice import PASSES, WAYS, Facts
 from alexnet_kernels.profiling.timer import Timing, measure, ratio, rotation
 
-from .tune import known_table
+from .tune import known_table, sources_digest
 
 BATCHES = (256, 128, 1024, 64, 32, 1)  # in order of importance, as dtypes are
 DTYPES = ("bfloat16", "tf32", "float16", "tf32x3")
@@ -167,12 +167,8 @@ def decide(timings: dict[str, Timing]) -> str:
 
 def digest() -> str:
     """Of the kernels' sources, the compiler and the libraries: what was measured with others does not count."""
-    import triton
-
-    folder = Path(_launch.__file__).parent
-    names = sorted(p for p in folder.glob("*.py") if "conv" in p.name or p.name in ("activation.py", "_launch.py"))
-    versions = f"{triton.__version__} {torch.__version__} {torch.backends.cudnn.version()}"
-    return hashlib.sha256(versions.encode() + b"".join(p.read_bytes() for p in names)).hexdigest()[:12]
+    versions = f"{sources_digest()} {torch.__version__} {torch.backends.cudnn.version()}"
+    return hashlib.sha256(versions.encode() + Path(ways.__file__).read_bytes()).hexdigest()[:12]
 
 
 def load(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +217,7 @@ def choose(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.choose", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("TUNE_SECONDS", 480)), help="seconds")
+    parser.add_argument("--budget", type=float, default=os.environ.get("TUNE_SECONDS") or 480, help="seconds")
     parser.add_argument("--work", type=Path, default=Path("bench/out"), help="where the unfinished state is kept")
     parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
     arguments = parser.parse_args(argv)

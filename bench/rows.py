@@ -254,11 +254,12 @@ def summary(measured: Sequence[Row]) -> str:
 
 
 def digest() -> str:
-    """Of the sources that were measured: the package and the benchmarks."""
-    paths = sorted(p for folder in ("alexnet_kernels", "bench") for p in (ROOT / folder).rglob("*.py"))
-    tuned = sorted((ROOT / "alexnet_kernels/kernels/tuned").glob("*.json"))
+    """Of the sources that were measured: the package, the benchmarks, and what the compiled libraries are built from."""
+    paths = [ROOT / "setup.py", *(ROOT / "alexnet_kernels/kernels/tuned").glob("*.json")]
+    paths += [p for folder in ("alexnet_kernels", "bench") for p in (ROOT / folder).rglob("*.py")]
+    paths += [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")]
     found = hashlib.sha256()
-    for path in (*paths, *tuned):
+    for path in sorted(paths):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:12]
 

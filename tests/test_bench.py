@@ -527,6 +527,23 @@ def test_a_result_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.rglob("*.json")) == [written]
 
 
+def test_a_result_names_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled to machine code, too."""
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    names = ["setup.py", "csrc/a.cpp", "csrc/a.cu", "csrc/host/a.h", "alexnet_kernels/a.py", "bench/a.py"]
+    names.append("alexnet_kernels/kernels/tuned/card.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    seen = {rows.digest()}
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        seen.add(rows.digest())
+    assert len(seen) == 1 + len(names)
+    (tmp_path / "csrc/a.o").touch()
+    assert rows.digest() in seen
+
+
 # --------------------------------------------------------------------------------------------- what the sanitizers watch
 
 
@@ -677,6 +694,28 @@ def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(kernel in out for kernel in tune_cases.KERNELS)
     assert "tuned" in out
+
+
+@pytest.mark.parametrize("part", [tune, choose])
+def test_the_budget_of_the_environment(
+    part, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_SECONDS", "abc")
+    with pytest.raises(SystemExit) as stopped:
+        part.main(["--dry-run"])
+    assert stopped.value.code == 2
+    assert "argument --budget: invalid float value: 'abc'" in capsys.readouterr().err
+    monkeypatch.setenv("TUNE_SECONDS", "")
+    assert part.main(["--dry-run"]) == 0
+
+
+def test_a_choice_stands_for_all_kernel_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device code of the convolution and its epilogue lies in several files, _tile.py among them."""
+    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))
+    (tmp_path / "_tile.py").write_text("def activate(): ...")
+    before = choose.digest()
+    (tmp_path / "_tile.py").write_text("def activate(x): ...")
+    assert choose.digest() != before
 
 
 def test_every_kernel_that_can_be_tuned_is() -> None:
