@@ -116,6 +116,12 @@ def call(facts: Facts, way: str, x: Tensor, weight: Tensor, dz: Tensor, bias: Te
     return found
 
 
+def bytes_read(facts: Facts, x: Tensor, weight: Tensor, dz: Tensor, bias: Tensor) -> int:
+    """What a pass reads of its set of tensors: two of the three."""
+    read = {"forward": (x, weight), "dgrad": (dz, weight), "wgrad": (dz, x)}[facts.run]
+    return sum(t.nbytes for t in read)
+
+
 def truth(facts: Facts, x: Tensor, weight: Tensor, dz: Tensor, bias: Tensor) -> Tensor:
     """In fp64, a few images at a time; of forward and dgrad the first of them."""
     numbers, w = (facts.stride, facts.padding, facts.dilation, facts.groups), weight.double()
@@ -148,7 +154,7 @@ def run_case(facts: Facts, device: torch.device, seconds: float = 5.0) -> tuple[
             wrong[way] = f"wrong: relative error {error:.2e}, cuDNN's is {errors['cudnn']:.2e}"
             del errors[way]
     sets = [first]
-    sets += [tensors(facts, device) for _ in range(rotation(sum(t.nbytes for t in first), device) - 1)]
+    sets += [tensors(facts, device) for _ in range(rotation(bytes_read(facts, *first), device) - 1)]
     calls = {way: [lambda way=way, s=s: call(facts, way, *s) for s in sets] for way in errors}
     return measure(calls, device=device, samples=50, seconds=seconds), wrong
 

@@ -115,7 +115,7 @@ def measure_problem(
     with precision(problem.track):
         data = tensors(problem)
         exact = baselines.truth(problem, data)
-        copies = timer.rotation(baselines.buffer_bytes(problem), device) if cold else 1
+        copies = timer.rotation(problem.bytes_read, device) if cold else 1
         row["buffer sets"] = copies
 
         def sets(contender: Contender) -> Callable[[], list[Call]]:

@@ -20,6 +20,7 @@ from alexnet_kernels.profiling.timer import Timing, relative_error
 from bench import (
     baselines,
     choose,
+    conftest,
     cudnn,
     gpu,
     rows,
@@ -74,6 +75,63 @@ def test_backward_bytes() -> None:
     assert pool.bytes == 2 * (2 * small + small + 2 * large)
     conv = Problem(unit("conv1+relu1"), "backward", "fp32", 1)
     assert conv.bytes == 4 * (96 * 55 * 55 + 3 * 227 * 227 + 2 * (96 * 363 + 96))
+
+
+def test_bytes_under_autocast() -> None:
+    """What multiplies gives bf16, and backward has its operands in bf16; gradients of fp32 tensors are fp32."""
+    small, large, parameters = 384 * 13 * 13, 256 * 13 * 13, 384 * (256 * 9 + 1)
+    conv = Problem(unit("conv3+relu3"), "forward", "amp", 2)
+    assert conv.bytes == 2 * (4 * large + 2 * small) + 4 * parameters
+    backward = dataclasses.replace(conv, run="backward")
+    assert backward.bytes == 2 * (2 * small + 2 * large + 4 * large) + (2 + 4) * parameters
+    norm = Problem(unit("norm1"), "forward", "amp", 1)
+    assert norm.bytes == dataclasses.replace(norm, track="fp32").bytes
+    whole = test_model.Whole("paper", "inference", "amp", 8)
+    halves, singles = (dataclasses.replace(whole, track=track).bytes for track in ("bf16", "fp32"))
+    fp32 = 4 * (8 * 3 * 227 * 227 + whole.variant.parameters)
+    assert whole.bytes == halves + fp32 // 2 < singles
+
+
+@pytest.mark.parametrize("name", ["conv2+relu2", "norm1", "pool1", "conv2 group", "fc6+relu6"])
+def test_outputs_have_the_type_that_is_counted(name: str) -> None:
+    for track in ("fp32", "bf16", "amp"):
+        problem = Problem(unit(name, "tiny"), "forward", track, 2)
+        for contender in baselines.contenders(problem, compiled=False)[0]:
+            assert contender.build(problem, tensors(problem))().dtype == problem.output_dtype, (track, contender.name)
+
+
+def test_a_set_of_buffers_counts_what_a_pass_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result, and no gradient in forward: they would make less than the caches hold look like more."""
+    asked: list[int] = []
+    monkeypatch.setattr(rows.timer, "rotation", lambda bytes_per_set, device: asked.append(bytes_per_set) or 1)
+    limits = {"seconds": 0.0, "samples": 1, "sample_ms": 0.001, "chosen": baselines.BASELINES[:1]}
+    for run in PASSES:
+        problem = Problem(unit("conv2+relu2", "tiny"), run, "fp32", 2)
+        data, row = tensors(problem), rows.measure_problem(problem, **limits)
+        weights = sum(w.nbytes for w in data.weights)
+        assert asked.pop() == data.x.nbytes + weights + (data.grad.nbytes if run == "backward" else 0)
+        assert row["buffer sets"] == 1
+    pool = Problem(unit("pool1"), "backward", "bf16", 2)
+    assert pool.bytes_read == 2 * 96 * 27 * 27 * (2 + 1)
+    facts = test_conv.facts_of("forward", Problem(unit("conv2+relu2", "tiny"), "forward", "tf32", 2))
+    x, weight, dz, bias = choose.tensors(facts, torch.device("cpu"))
+    for run, read in {"forward": (x, weight), "dgrad": (dz, weight), "wgrad": (dz, x)}.items():
+        counted = choose.bytes_read(facts._replace(run=run), x, weight, dz, bias)
+        assert counted == sum(t.nbytes for t in read)
+    stem = Problem(unit("conv1 group"), "forward", "bf16", 4)
+    image, y = 4 * 3 * 227 * 227, 4 * 96 * 27 * 27
+    assert test_stem.bytes_read(test_stem.Start(stem, "uint8", "inference")) == image
+    assert test_stem.bytes_read(test_stem.Start(stem, "fp32", "training")) == 4 * image + 2 * y
+
+
+def test_a_gradient_is_cast_before_it_is_timed() -> None:
+    problem = Problem(unit("conv2+relu2", "tiny"), "backward", "amp", 2)
+    call = baselines.Backward(problem, baselines.stock_network(problem.unit.facts), tensors(problem))
+    call()
+    cast = call.grad
+    assert cast.dtype == torch.bfloat16
+    call()
+    assert call.grad is cast
 
 
 def test_inputs_are_the_same_and_half_zero() -> None:
@@ -327,6 +385,31 @@ def test_networks_as_graphs(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("ours graphed at once channels_last" in found) == (run == "inference")
     assert ("ours optim.SGD channels_last" in found) == (run == "training")
     assert not any(name.startswith("compile") for name in found)
+    found = test_model._builders(
+        dataclasses.replace(whole, network="paper"), weights, x, labels, conftest.BUDGETS["all"]
+    )
+    theirs = {name for name in found if not name.startswith("ours") and "fused SGD" not in name}
+    assert theirs >= {"eager nchw", "eager channels_last", "compile nchw", "max-autotune channels_last"}
+    fused = {f"{name} fused SGD" for name in theirs} if run == "training" else set()
+    assert {name for name in found if "fused SGD" in name} == fused
+
+
+def test_the_fused_optimiser_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = test_model.Whole("tiny", "training", "fp32", 2)
+    weights, (x, labels) = test_model._weights(whole), test_model._inputs(whole)
+    model = test_model.stock_alexnet(whole.variant)
+    model.load_state_dict(weights)
+    made, plain = [], torch.optim.SGD.__init__
+
+    def seen(self: torch.optim.SGD, *arguments: object, **options: object) -> None:
+        made.append(options.get("fused"))
+        plain(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", seen)
+    call = test_model._fused_sgd(whole, model.to(test_model.DEVICE), x, labels)
+    assert made == [True]
+    exact = test_model._truth(whole, weights, x, labels)
+    assert relative_error(call, exact) < test_model._tolerance(whole)
 
 
 def test_what_a_short_run_compiles() -> None:
