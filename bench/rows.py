@@ -269,8 +269,10 @@ def digest() -> str:
     return found.hexdigest()[:12]
 
 
-def publish(measured: Sequence[Row], folder: Path) -> Path | None:
+def publish(measured: Sequence[Row], folder: Path, complete: bool = False) -> Path | None:
     """Write ``folder/<gpu or cpu>/<date>-<digest>.json``: all rows, with what they ran on; None where nothing was measured.
+
+    ``complete``: all that the suite has was tried. ``make gpu`` picks what its budget reaches, and leaves a part.
 
     Raises:
         FileExistsError: a result file is never written again.
@@ -287,6 +289,7 @@ def publish(measured: Sequence[Row], folder: Path) -> Path | None:
         digest(),
         environment(devices) | _versions(),
         [{**row, "shares": against_ceilings(row, peaks)} for row in measured],
+        complete,
     )
 
 

@@ -7,8 +7,11 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from alexnet_kernels import geometry
 from alexnet_kernels.kernels import _conv_backward_choice, _conv_choice, _launch
 from alexnet_kernels.ops import _choice
+from alexnet_kernels.profiling import results
 from alexnet_kernels.profiling.timer import Timing, relative_error
 from bench import (
     baselines,
@@ -627,6 +631,63 @@ def test_a_result_names_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(seen) == 1 + len(names)
     (tmp_path / "csrc/a.o").touch()
     assert rows.digest() in seen
+
+
+def _session(
+    tmp_path: Path, files: list[Path], arguments: tuple[str, ...] = ("bench",), **state: object
+) -> SimpleNamespace:
+    config = SimpleNamespace(stash=pytest.Stash(), args=list(arguments), getoption=lambda name: tmp_path)
+    conftest.pytest_configure(config)
+    config.stash[conftest._ROWS].append({"section": "ceilings", "case": "copy", "ceiling": "copy", "per second": 1.0})
+    items = [SimpleNamespace(path=path, config=config, nodeid=path.name) for path in files]
+    return SimpleNamespace(**{"config": config, "items": items, "shouldstop": False, "shouldfail": False} | state)
+
+
+FILES = sorted(Path(conftest.__file__).parent.glob("test_*.py"))
+
+
+def test_only_a_whole_run_is_complete(tmp_path: Path) -> None:
+    assert conftest.is_complete(_session(tmp_path, FILES))
+    assert not conftest.is_complete(_session(tmp_path, FILES[1:]))
+    assert not conftest.is_complete(_session(tmp_path, FILES, ("bench", "bench/test_cpu.py::test_import")))
+    assert not conftest.is_complete(_session(tmp_path, FILES, shouldfail="stopping after 1 failures"))
+    session = _session(tmp_path, FILES)
+    conftest.pytest_deselected(session.items[:1])
+    assert not conftest.is_complete(session)
+
+
+def test_an_interrupted_run_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+        conftest.pytest_sessionfinish(_session(tmp_path, FILES), status)
+        assert f"no result file: the run did not end by itself (exit status {int(status)})" in capsys.readouterr().out
+    assert list(tmp_path.rglob("*.json")) == []
+    conftest.pytest_sessionfinish(_session(tmp_path, FILES), pytest.ExitCode.TESTS_FAILED)
+    (written,) = tmp_path.rglob("*.json")
+    assert results.read(written).complete
+
+
+def test_a_selection_is_marked_as_a_part(tmp_path: Path) -> None:
+    """Really run: the quickest benchmark."""
+    root, options = Path(conftest.__file__).parents[1], ["--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/test_ceilings.py",
+        "-k",
+        "copy",
+        *options,
+        "--result",
+        str(tmp_path),
+    ]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.rglob("*.json")
+    found = results.read(written)
+    assert not found.complete
+    assert [row["ceiling"] for row in found.rows] == ["copy"]
 
 
 class Pedantic:
