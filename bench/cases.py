@@ -114,21 +114,39 @@ class Problem:
         return 2 * (macs if self.unit.first else 2 * macs) * self.batch
 
     @property
-    def bytes(self) -> int:
-        """The least the fused unit must move: each tensor once.
+    def output_dtype(self) -> torch.dtype:
+        """Under autocast what multiplies matrices gives bf16; normalisation and pooling by themselves keep their input's type."""
+        return torch.bfloat16 if self.track == "amp" and any(f.macs for f in self.unit.facts) else self.dtype
 
-        Forward: input, output, parameters. Backward: the output's gradient, the input (a pooling by itself needs one byte an
-        output instead: which of the window was largest), the input's gradient unless the input is the image, parameters and
-        their gradients. A ReLU's mask, a bit a value, is not counted.
+    @property
+    def bytes_read(self) -> int:
+        """The least a pass must read, each tensor once: all that its own set of buffers has to bring into the caches.
+
+        Forward: input and parameters. Backward: the output's gradient, parameters, and the input (a pooling by itself needs
+        one byte an output instead: which of the window was largest), these as forward left them, cast under autocast. A
+        ReLU's mask, a bit a value, is not counted.
         """
-        values_in, values_out = math.prod(self.unit.input), math.prod(self.unit.output)
-        parameters = sum(f.parameters for f in self.unit.facts)
-        size = self.dtype.itemsize
+        values_in, values_out, parameters = self._values
         if self.run == "forward":
-            return size * (self.batch * (values_in + values_out) + parameters)
+            return self.dtype.itemsize * (self.batch * values_in + parameters)
+        size = self.output_dtype.itemsize
         saved = values_out if self.unit.kind == "pool" else size * values_in
-        moved = size * values_out + saved + (0 if self.unit.first else size * values_in)
-        return self.batch * moved + 2 * size * parameters
+        return self.batch * (size * values_out + saved) + size * parameters
+
+    @property
+    def bytes(self) -> int:
+        """The least the fused unit must move: what it reads, and the output, or the gradients of the parameters and of the
+        input, unless that is the image."""
+        values_in, values_out, parameters = self._values
+        if self.run == "forward":
+            return self.bytes_read + self.output_dtype.itemsize * self.batch * values_out
+        return self.bytes_read + self.dtype.itemsize * ((0 if self.unit.first else self.batch * values_in) + parameters)
+
+    @property
+    def _values(self) -> tuple[int, int, int]:
+        """Of an image: input and output; of the unit: parameters."""
+        unit = self.unit
+        return math.prod(unit.input), math.prod(unit.output), sum(f.parameters for f in unit.facts)
 
     @cached_property
     def peak_track(self) -> str:

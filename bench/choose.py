@@ -36,7 +36,7 @@ from alexnet_kernels.ops import _conv_ways as ways
 from alexnet_kernels.ops._choice import PASSES, WAYS, Facts
 from alexnet_kernels.profiling.timer import Timing, measure, ratio, rotation
 
-from .tune import known_table
+from .tune import known_table, sources_digest
 
 BATCHES = (256, 128, 1024, 64, 32, 1)  # in order of importance, as dtypes are
 DTYPES = ("bfloat16", "tf32", "float16", "tf32x3")
@@ -116,6 +116,12 @@ def call(facts: Facts, way: str, x: Tensor, weight: Tensor, dz: Tensor, bias: Te
     return found
 
 
+def bytes_read(facts: Facts, x: Tensor, weight: Tensor, dz: Tensor, bias: Tensor) -> int:
+    """What a pass reads of its set of tensors: two of the three."""
+    read = {"forward": (x, weight), "dgrad": (dz, weight), "wgrad": (dz, x)}[facts.run]
+    return sum(t.nbytes for t in read)
+
+
 def truth(facts: Facts, x: Tensor, weight: Tensor, dz: Tensor, bias: Tensor) -> Tensor:
     """In fp64, a few images at a time; of forward and dgrad the first of them."""
     numbers, w = (facts.stride, facts.padding, facts.dilation, facts.groups), weight.double()
@@ -148,7 +154,7 @@ def run_case(facts: Facts, device: torch.device, seconds: float = 5.0) -> tuple[
             wrong[way] = f"wrong: relative error {error:.2e}, cuDNN's is {errors['cudnn']:.2e}"
             del errors[way]
     sets = [first]
-    sets += [tensors(facts, device) for _ in range(rotation(sum(t.nbytes for t in first), device) - 1)]
+    sets += [tensors(facts, device) for _ in range(rotation(bytes_read(facts, *first), device) - 1)]
     calls = {way: [lambda way=way, s=s: call(facts, way, *s) for s in sets] for way in errors}
     return measure(calls, device=device, samples=50, seconds=seconds), wrong
 
@@ -167,12 +173,8 @@ def decide(timings: dict[str, Timing]) -> str:
 
 def digest() -> str:
     """Of the kernels' sources, the compiler and the libraries: what was measured with others does not count."""
-    import triton
-
-    folder = Path(_launch.__file__).parent
-    names = sorted(p for p in folder.glob("*.py") if "conv" in p.name or p.name in ("activation.py", "_launch.py"))
-    versions = f"{triton.__version__} {torch.__version__} {torch.backends.cudnn.version()}"
-    return hashlib.sha256(versions.encode() + b"".join(p.read_bytes() for p in names)).hexdigest()[:12]
+    versions = f"{sources_digest()} {torch.__version__} {torch.backends.cudnn.version()}"
+    return hashlib.sha256(versions.encode() + Path(ways.__file__).read_bytes()).hexdigest()[:12]
 
 
 def load(path: Path, stamp: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def choose(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.choose", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("TUNE_SECONDS", 480)), help="seconds")
+    parser.add_argument("--budget", type=float, default=os.environ.get("TUNE_SECONDS") or 480, help="seconds")
     parser.add_argument("--work", type=Path, default=Path("bench/out"), help="where the unfinished state is kept")
     parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
     arguments = parser.parse_args(argv)

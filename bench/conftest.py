@@ -2,15 +2,18 @@
 
     pytest bench --benchmark-only [--result DIR]
 
-``--result DIR`` writes one immutable result file, ``DIR/<gpu or cpu>/<date>-<digest>.json``, at the end; by default nothing is
-written. ``--rows FILE`` appends each row as it is measured, ``--seconds N`` skips what does not fit: ``make gpu`` uses both.
+``--result DIR`` writes one immutable result file, ``DIR/<gpu or cpu>/<date>-<digest>.json``, at the end, failed tests or not, but
+not of a run that was interrupted; by default nothing is written. The file says whether it is complete: all files of benchmarks
+were asked for, and none of their tests was selected away, or left out when ``--seconds`` were over. The limits of time that a CPU
+has by itself belong to the suite. ``--rows FILE`` appends each row as it is measured, ``--seconds N`` skips what does not fit:
+``make gpu`` uses both.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,10 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
     config.stash[_BEGAN] = {}
+    config.stash[_LEFT_OUT] = []
 
 
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
 _BEGAN = pytest.StashKey[dict[str, float]]()
+_LEFT_OUT = pytest.StashKey[list[str]]()  # names of tests
 # On a CPU each file ends in time: what comes later is less important, and is skipped with the reason.
 CPU_SECONDS = {"test_ceilings.py": 15.0, "test_layers.py": 70.0, "test_model.py": 55.0}
 
@@ -85,6 +90,8 @@ def collect(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Callabl
         limit, clock = CPU_SECONDS.get(request.path.name), request.path.name
     began = config.stash[_BEGAN].setdefault(clock, time.monotonic())
     if limit is not None and time.monotonic() - began > limit:
+        if clock == "all files":
+            config.stash[_LEFT_OUT].append(request.node.nodeid)
         pytest.skip(f"no time: {limit:.0f} s are over")
 
     def run(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -124,7 +131,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write(rows.summary(config.stash[_ROWS]))
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_LEFT_OUT].append(item.nodeid)
+
+
+def is_complete(session: pytest.Session) -> bool:
+    """Every file of benchmarks was collected whole, and nothing of that was left out."""
+    config, folder = session.config, Path(__file__).parent
+    every = set(folder.glob("test_*.py")) <= {item.path for item in session.items}
+    named = any("::" in argument for argument in config.args)
+    return every and not (named or config.stash[_LEFT_OUT] or session.shouldstop or session.shouldfail)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder, measured = session.config.getoption("--result"), session.config.stash[_ROWS]
-    if folder is not None and measured:
-        print("\nwrote", rows.publish(measured, folder))
+    if folder is None or not measured:
+        return
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        print("\nwrote", rows.publish(measured, folder, is_complete(session)))
+    else:
+        print(f"\nno result file: the run did not end by itself (exit status {int(exitstatus)})")

@@ -115,7 +115,7 @@ def measure_problem(
     with precision(problem.track):
         data = tensors(problem)
         exact = baselines.truth(problem, data)
-        copies = timer.rotation(baselines.buffer_bytes(problem), device) if cold else 1
+        copies = timer.rotation(problem.bytes_read, device) if cold else 1
         row["buffer sets"] = copies
 
         def sets(contender: Contender) -> Callable[[], list[Call]]:
@@ -172,6 +172,11 @@ def measure_builders(
         else:
             entry["status"] = "wrong"
     settle(row, {name: t for name, t in timings.items() if row["contenders"][name]["status"] == "ok"})
+
+
+def best_of(measurements: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The least that each contender took in any of several measurements: what disturbed one of them counts for nobody."""
+    return {name: min(measured[name] for measured in measurements) for name in measurements[0]}
 
 
 def described(timing: timer.Timing) -> Row:
@@ -254,17 +259,20 @@ def summary(measured: Sequence[Row]) -> str:
 
 
 def digest() -> str:
-    """Of the sources that were measured: the package and the benchmarks."""
-    paths = sorted(p for folder in ("alexnet_kernels", "bench") for p in (ROOT / folder).rglob("*.py"))
-    tuned = sorted((ROOT / "alexnet_kernels/kernels/tuned").glob("*.json"))
+    """Of the sources that were measured: the package, the benchmarks, and what the compiled libraries are built from."""
+    paths = [ROOT / "setup.py", *(ROOT / "alexnet_kernels/kernels/tuned").glob("*.json")]
+    paths += [p for folder in ("alexnet_kernels", "bench") for p in (ROOT / folder).rglob("*.py")]
+    paths += [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu")]
     found = hashlib.sha256()
-    for path in (*paths, *tuned):
+    for path in sorted(paths):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:12]
 
 
-def publish(measured: Sequence[Row], folder: Path) -> Path | None:
+def publish(measured: Sequence[Row], folder: Path, complete: bool = False) -> Path | None:
     """Write ``folder/<gpu or cpu>/<date>-<digest>.json``: all rows, with what they ran on; None where nothing was measured.
+
+    ``complete``: all that the suite has was tried. ``make gpu`` picks what its budget reaches, and leaves a part.
 
     Raises:
         FileExistsError: a result file is never written again.
@@ -281,6 +289,7 @@ def publish(measured: Sequence[Row], folder: Path) -> Path | None:
         digest(),
         environment(devices) | _versions(),
         [{**row, "shares": against_ceilings(row, peaks)} for row in measured],
+        complete,
     )
 
 

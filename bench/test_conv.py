@@ -25,7 +25,7 @@ from alexnet_kernels.ops._choice import PASSES, Facts
 from alexnet_kernels.profiling import timer
 
 from . import choose
-from .baselines import Call, Contender, buffer_bytes, contenders
+from .baselines import Call, Contender, contenders
 from .cases import Problem, Tensors, Unit, precision, units
 from .rows import Row, measure_builders, measure_problem, row_of, tolerance
 
@@ -129,8 +129,9 @@ def measure_gradient(run: str, problem: Problem, seconds: float, samples: int, s
     facts, device = facts_of(run, problem), torch.device(problem.device)
     row = row_of(alone) | {"case": alone.id.replace("/forward/", f"/{run}/"), "pass": run}
     with precision(problem.track):
-        copies = row["buffer sets"] = timer.rotation(buffer_bytes(alone), device)
-        sets = [choose.tensors(facts, device) for _ in range(copies)]
+        first = choose.tensors(facts, device)
+        copies = row["buffer sets"] = timer.rotation(choose.bytes_read(facts, *first), device)
+        sets = [first, *(choose.tensors(facts, device) for _ in range(copies - 1))]
         exact = (gradient_truth(facts, *sets[0][:3]),)
         limit = tolerance(replace(alone, run="backward"))
         limits = {"seconds": seconds, "samples": samples, "sample_ms": sample_ms}

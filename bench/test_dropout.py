@@ -20,7 +20,7 @@ from torch import Tensor
 from alexnet_kernels import functional as F
 from alexnet_kernels.profiling import timer
 
-from .baselines import buffer_bytes, forget_compiled
+from .baselines import forget_compiled
 from .cases import Problem, Tensors, precision, tensors, units
 from .rows import _EPS, Row, described, row_of, settle, watched
 
@@ -75,11 +75,13 @@ def why_wrong(problem: Problem, data: Tensors, found: tuple[Tensor, ...]) -> str
 def measure(problem: Problem, layers: dict[str, Layer], seconds: float, samples: int, sample_ms: float) -> Row:
     row = row_of(problem) | {"case": problem.id.replace("/forward/", "/dropout training/"), "pass": "training"}
     row |= {"unit": f"{problem.unit.name}+dropout", "flops": 3 * problem.flops}
-    row["bytes"] += replace(problem, run="backward").bytes
+    backward = replace(problem, run="backward")
+    row["bytes"] += backward.bytes
     device = torch.device(problem.device)
     with precision(problem.track):
         forget_compiled()
-        copies = row["buffer sets"] = timer.rotation(buffer_bytes(problem), device)
+        # x, weights and gradient, which is what both passes read
+        copies = row["buffer sets"] = timer.rotation(backward.bytes_read, device)
         sets = [tensors(problem, seed) for seed in range(copies)]
         calls = {name: [call(layer, data) for data in sets] for name, layer in layers.items()}
 

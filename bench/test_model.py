@@ -5,10 +5,12 @@
 Dropout is set to 0, so that results can be checked against fp64; the learning rate too, so that each step does the same.
 The timer replays every contender from a CUDA graph where it can be captured. "graphed" is what a user of ours gets without
 writing one, with the copies into and out of the graph: ``models.graphed``, depth first and with the whole batch at once, and
-``models.graphed_step`` with ``optim.SGD``.
-In half types that optimiser has its weights in fp32, torch's has them in the half type: ours moves more there, and is exact.
-"Build" and "first call" are seconds, compilation among them; compilations find an empty cache. Peak memory is torch's count of
-one call on a GPU. Two devices are two GPUs, or one device twice, and the row says which.
+``models.graphed_step`` with ``optim.SGD``. That updates all weights in one kernel, as torch's does with ``fused=True``, which is
+not its default: on a GPU eager and compiled networks take a training step with both. In half types ours has its weights in fp32,
+torch's has them in the half type: ours moves more there, and is exact.
+"Build" and "first call" are seconds, compilation among them; compilations find an empty cache, those with the fused optimiser
+what the one before left. Peak memory is torch's count of one call on a GPU. Two devices are two GPUs, or one device twice, and
+the row says which.
 """
 
 from __future__ import annotations
@@ -60,9 +62,12 @@ class Whole:
     @property
     def bytes(self) -> int:
         """The least a step must move when every group is one kernel; training: forward, and twice as much backward, and
-        the update of weights and momentum (each read and written)."""
+        the update of weights and momentum (each read and written). Under autocast image and parameters are fp32, and what
+        passes from group to group is bf16."""
         variant, size = self.variant, TRACKS[self.track].itemsize
-        forward = sum(variant.group_bytes(group.name, self.batch, size) for group in variant.groups)
+        between = 2 if self.track == "amp" else size
+        forward = sum(variant.group_bytes(group.name, self.batch, between) for group in variant.groups)
+        forward += (size - between) * (self.batch * 3 * math.prod(variant.input_size) + variant.parameters)
         return forward if self.run == "inference" else 3 * forward + 4 * size * variant.parameters
 
 
@@ -171,6 +176,12 @@ def _call(
     return train
 
 
+def _fused_sgd(*arguments: Any, **options: Any) -> Call:
+    """:func:`_call` with torch's own optimiser of one kernel, which is not its default."""
+    stepping = functools.partial(training_step, sgd=functools.partial(torch.optim.SGD, fused=True))
+    return _call(*arguments, stepping=stepping, **options)
+
+
 class _Runs(torch.nn.Module):
     def __init__(self, model: torch.nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -206,7 +217,7 @@ def _builders(
         model = model.to(DEVICE, TRACKS[whole.track], memory_format=kind)
         images = x.contiguous(memory_format=kind)
         if options is not None:
-            return [_call(whole, model, images, labels, torch.compile(model, dynamic=False, options=options or None))]
+            way = functools.partial(way, body=torch.compile(model, dynamic=False, options=options or None))
         return [way(whole, model, images, labels)]
 
     def theirs(variant: geometry.Variant) -> torch.nn.Module:
@@ -222,8 +233,6 @@ def _builders(
     found: dict[str, Callable[[], list[Call]]] = {
         "ours nchw": lambda: make(ours, "nchw"),
         "ours channels_last": lambda: make(ours, "channels_last"),
-        "eager nchw": lambda: make(stock, "nchw"),
-        "eager channels_last": lambda: make(stock, "channels_last"),
     }
     if DEVICE.type == "cuda":
         found["ours graphed channels_last"] = lambda: make(ours, "channels_last", way=_graphed)
@@ -233,16 +242,21 @@ def _builders(
         else:
             stepped = functools.partial(_call, stepping=_our_step)
             found["ours optim.SGD channels_last"] = lambda: make(ours, "channels_last", way=stepped)
+    torchs: dict[str, tuple[str, dict[str, Any] | None]] = {
+        "eager nchw": ("nchw", None),
+        "eager channels_last": ("channels_last", None),
+    }
     if whole.network == "torchvision":
         found["torchvision.models.alexnet"] = lambda: make(theirs, "nchw")
     first = whole.network == "paper" and whole.track == "bf16" and whole.batch == 256
     if DEVICE.type == "cuda" and (budget.compiled == "all" or (first and budget.compiled == "first")):
-        found |= {
-            "compile nchw": lambda: make(stock, "nchw", {}),
-            "compile channels_last": lambda: make(stock, "channels_last", _FORCED),
-        }
+        torchs |= {"compile nchw": ("nchw", {}), "compile channels_last": ("channels_last", _FORCED)}
         if budget.autotune:
-            found["max-autotune channels_last"] = lambda: make(stock, "channels_last", {**_AUTOTUNE, **_FORCED})
+            torchs["max-autotune channels_last"] = ("channels_last", {**_AUTOTUNE, **_FORCED})
+    for name, how in torchs.items():
+        found[name] = functools.partial(make, stock, *how)
+        if DEVICE.type == "cuda" and whole.run == "training":
+            found[f"{name} fused SGD"] = functools.partial(make, stock, *how, _fused_sgd)
     return found
 
 

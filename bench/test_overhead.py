@@ -3,8 +3,8 @@
     pytest bench/test_overhead.py --benchmark-only
 
 ``FusedSequential`` beside the ``Sequential`` of the same children, and one call of an operation beside ``torch.nn``'s. The
-contenders take turns (``profiling.timer.interleave``), a measurement is made five times, and the smallest difference
-of medians stands in ``extra_info``: a shared machine only ever adds.
+contenders take turns (``profiling.timer.interleave``), a measurement is made five times, and the least median of each, ours or
+torch's, and their difference stand in ``extra_info``: a shared machine only ever adds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from alexnet_kernels import nn
 from alexnet_kernels.profiling.timer import interleave
+
+from .rows import best_of
 
 CALLS = 20  # a measurement, so that the clock's own cost does not show
 
@@ -40,7 +42,7 @@ def measure(benchmark, ours: Callable[[], object], torchs: Callable[[], object],
             benchmark.pedantic(once, rounds=5, iterations=1)
     finally:
         torch.set_num_threads(threads)
-    best = min(measurements, key=lambda m: m["ours"] - m["torch"])
+    best = best_of(measurements)
     benchmark.extra_info.update({f"{name}, us each": round(value, 3) for name, value in best.items()})
     benchmark.extra_info["ours - torch, us each"] = round(best["ours"] - best["torch"], 3)
     print(f"\n{benchmark.name}: {benchmark.extra_info}")

@@ -333,7 +333,7 @@ def table(tuned: Tuned, state: State) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget", type=float, default=float(os.environ.get("TUNE_SECONDS", 480)), help="seconds")
+    parser.add_argument("--budget", type=float, default=os.environ.get("TUNE_SECONDS") or 480, help="seconds")
     parser.add_argument("--work", type=Path, default=Path("bench/out"), help="where the unfinished state is kept")
     parser.add_argument("--dry-run", action="store_true", default=os.environ.get("GPU_DRY_RUN") == "1")
     arguments = parser.parse_args(argv)

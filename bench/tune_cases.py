@@ -2,7 +2,7 @@
 
 A kernel is ``family.name``: a file of ``kernels/`` and the name under which its tuned table is asked, a key of ``CONFIGS``
 or, for convolutions, channels and taps. To tune another one, add a row to :data:`KERNELS` with a function that yields its
-:class:`Case`\\ s; a file that is new here goes into :data:`FAMILIES` too.
+:class:`Case`\\ s; a new file goes into ``kernels/catalogue.py`` too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from alexnet_kernels import geometry, reference
-from alexnet_kernels.kernels import _launch, activation, conv, conv_backward, fused, fused_backward, lrn, optim, pool
+from alexnet_kernels.kernels import (
+    _launch,
+    activation,
+    catalogue,
+    conv,
+    conv_backward,
+    fused,
+    fused_backward,
+    lrn,
+    optim,
+    pool,
+)
 from alexnet_kernels.kernels._conv_backward_choice import TILES
 from alexnet_kernels.kernels._conv_choice import CONFIGS as FORMS
 from alexnet_kernels.kernels._conv_choice import choose, name_of, why_not
@@ -32,17 +43,7 @@ LAYOUTS = (torch.channels_last, torch.contiguous_format)
 PLAIN = (3, 3, 2, 2, 0, 0, 1, 1)
 DILATED = (3, 3, 2, 2, 1, 1, 2, 2)  # no network's, but what only the general gradient takes
 TF32 = 2.0**-10  # the eps of a product in tf32
-FAMILIES = {
-    "lrn": lrn,
-    "pool": pool,
-    "fused": fused,
-    "fused_backward": fused_backward,
-    "conv": conv,
-    "conv_backward": conv_backward,
-    "conv_backward_sum": conv_backward,
-    "activation": activation,
-    "optim": optim,
-}
+FAMILIES = {**catalogue.FAMILIES, "conv_backward_sum": conv_backward}
 Shape = tuple[int, ...]
 Norm = tuple[int, float, float, float, int]  # size, scale, beta, k, groups
 

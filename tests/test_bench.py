@@ -7,8 +7,11 @@ import functools
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,18 +19,22 @@ import torch
 from alexnet_kernels import geometry
 from alexnet_kernels.kernels import _conv_backward_choice, _conv_choice, _launch
 from alexnet_kernels.ops import _choice
+from alexnet_kernels.profiling import results
 from alexnet_kernels.profiling.timer import Timing, relative_error
 from bench import (
     baselines,
     choose,
+    conftest,
     cudnn,
     gpu,
     rows,
     small_cases,
     test_conv,
+    test_cpu,
     test_dropout,
     test_layers,
     test_model,
+    test_overhead,
     test_stem,
     tune,
     tune_cases,
@@ -72,6 +79,63 @@ def test_backward_bytes() -> None:
     assert pool.bytes == 2 * (2 * small + small + 2 * large)
     conv = Problem(unit("conv1+relu1"), "backward", "fp32", 1)
     assert conv.bytes == 4 * (96 * 55 * 55 + 3 * 227 * 227 + 2 * (96 * 363 + 96))
+
+
+def test_bytes_under_autocast() -> None:
+    """What multiplies gives bf16, and backward has its operands in bf16; gradients of fp32 tensors are fp32."""
+    small, large, parameters = 384 * 13 * 13, 256 * 13 * 13, 384 * (256 * 9 + 1)
+    conv = Problem(unit("conv3+relu3"), "forward", "amp", 2)
+    assert conv.bytes == 2 * (4 * large + 2 * small) + 4 * parameters
+    backward = dataclasses.replace(conv, run="backward")
+    assert backward.bytes == 2 * (2 * small + 2 * large + 4 * large) + (2 + 4) * parameters
+    norm = Problem(unit("norm1"), "forward", "amp", 1)
+    assert norm.bytes == dataclasses.replace(norm, track="fp32").bytes
+    whole = test_model.Whole("paper", "inference", "amp", 8)
+    halves, singles = (dataclasses.replace(whole, track=track).bytes for track in ("bf16", "fp32"))
+    fp32 = 4 * (8 * 3 * 227 * 227 + whole.variant.parameters)
+    assert whole.bytes == halves + fp32 // 2 < singles
+
+
+@pytest.mark.parametrize("name", ["conv2+relu2", "norm1", "pool1", "conv2 group", "fc6+relu6"])
+def test_outputs_have_the_type_that_is_counted(name: str) -> None:
+    for track in ("fp32", "bf16", "amp"):
+        problem = Problem(unit(name, "tiny"), "forward", track, 2)
+        for contender in baselines.contenders(problem, compiled=False)[0]:
+            assert contender.build(problem, tensors(problem))().dtype == problem.output_dtype, (track, contender.name)
+
+
+def test_a_set_of_buffers_counts_what_a_pass_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result, and no gradient in forward: they would make less than the caches hold look like more."""
+    asked: list[int] = []
+    monkeypatch.setattr(rows.timer, "rotation", lambda bytes_per_set, device: asked.append(bytes_per_set) or 1)
+    limits = {"seconds": 0.0, "samples": 1, "sample_ms": 0.001, "chosen": baselines.BASELINES[:1]}
+    for run in PASSES:
+        problem = Problem(unit("conv2+relu2", "tiny"), run, "fp32", 2)
+        data, row = tensors(problem), rows.measure_problem(problem, **limits)
+        weights = sum(w.nbytes for w in data.weights)
+        assert asked.pop() == data.x.nbytes + weights + (data.grad.nbytes if run == "backward" else 0)
+        assert row["buffer sets"] == 1
+    pool = Problem(unit("pool1"), "backward", "bf16", 2)
+    assert pool.bytes_read == 2 * 96 * 27 * 27 * (2 + 1)
+    facts = test_conv.facts_of("forward", Problem(unit("conv2+relu2", "tiny"), "forward", "tf32", 2))
+    x, weight, dz, bias = choose.tensors(facts, torch.device("cpu"))
+    for run, read in {"forward": (x, weight), "dgrad": (dz, weight), "wgrad": (dz, x)}.items():
+        counted = choose.bytes_read(facts._replace(run=run), x, weight, dz, bias)
+        assert counted == sum(t.nbytes for t in read)
+    stem = Problem(unit("conv1 group"), "forward", "bf16", 4)
+    image, y = 4 * 3 * 227 * 227, 4 * 96 * 27 * 27
+    assert test_stem.bytes_read(test_stem.Start(stem, "uint8", "inference")) == image
+    assert test_stem.bytes_read(test_stem.Start(stem, "fp32", "training")) == 4 * image + 2 * y
+
+
+def test_a_gradient_is_cast_before_it_is_timed() -> None:
+    problem = Problem(unit("conv2+relu2", "tiny"), "backward", "amp", 2)
+    call = baselines.Backward(problem, baselines.stock_network(problem.unit.facts), tensors(problem))
+    call()
+    cast = call.grad
+    assert cast.dtype == torch.bfloat16
+    call()
+    assert call.grad is cast
 
 
 def test_inputs_are_the_same_and_half_zero() -> None:
@@ -325,6 +389,31 @@ def test_networks_as_graphs(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("ours graphed at once channels_last" in found) == (run == "inference")
     assert ("ours optim.SGD channels_last" in found) == (run == "training")
     assert not any(name.startswith("compile") for name in found)
+    found = test_model._builders(
+        dataclasses.replace(whole, network="paper"), weights, x, labels, conftest.BUDGETS["all"]
+    )
+    theirs = {name for name in found if not name.startswith("ours") and "fused SGD" not in name}
+    assert theirs >= {"eager nchw", "eager channels_last", "compile nchw", "max-autotune channels_last"}
+    fused = {f"{name} fused SGD" for name in theirs} if run == "training" else set()
+    assert {name for name in found if "fused SGD" in name} == fused
+
+
+def test_the_fused_optimiser_is_a_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = test_model.Whole("tiny", "training", "fp32", 2)
+    weights, (x, labels) = test_model._weights(whole), test_model._inputs(whole)
+    model = test_model.stock_alexnet(whole.variant)
+    model.load_state_dict(weights)
+    made, plain = [], torch.optim.SGD.__init__
+
+    def seen(self: torch.optim.SGD, *arguments: object, **options: object) -> None:
+        made.append(options.get("fused"))
+        plain(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", seen)
+    call = test_model._fused_sgd(whole, model.to(test_model.DEVICE), x, labels)
+    assert made == [True]
+    exact = test_model._truth(whole, weights, x, labels)
+    assert relative_error(call, exact) < test_model._tolerance(whole)
 
 
 def test_what_a_short_run_compiles() -> None:
@@ -527,6 +616,120 @@ def test_a_result_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.rglob("*.json")) == [written]
 
 
+def test_a_result_names_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled to machine code, too."""
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    names = ["setup.py", "csrc/a.cpp", "csrc/a.cu", "csrc/host/a.h", "alexnet_kernels/a.py", "bench/a.py"]
+    names.append("alexnet_kernels/kernels/tuned/card.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    seen = {rows.digest()}
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        seen.add(rows.digest())
+    assert len(seen) == 1 + len(names)
+    (tmp_path / "csrc/a.o").touch()
+    assert rows.digest() in seen
+
+
+def _session(
+    tmp_path: Path, files: list[Path], arguments: tuple[str, ...] = ("bench",), **state: object
+) -> SimpleNamespace:
+    config = SimpleNamespace(stash=pytest.Stash(), args=list(arguments), getoption=lambda name: tmp_path)
+    conftest.pytest_configure(config)
+    config.stash[conftest._ROWS].append({"section": "ceilings", "case": "copy", "ceiling": "copy", "per second": 1.0})
+    items = [SimpleNamespace(path=path, config=config, nodeid=path.name) for path in files]
+    return SimpleNamespace(**{"config": config, "items": items, "shouldstop": False, "shouldfail": False} | state)
+
+
+FILES = sorted(Path(conftest.__file__).parent.glob("test_*.py"))
+
+
+def test_only_a_whole_run_is_complete(tmp_path: Path) -> None:
+    assert conftest.is_complete(_session(tmp_path, FILES))
+    assert not conftest.is_complete(_session(tmp_path, FILES[1:]))
+    assert not conftest.is_complete(_session(tmp_path, FILES, ("bench", "bench/test_cpu.py::test_import")))
+    assert not conftest.is_complete(_session(tmp_path, FILES, shouldfail="stopping after 1 failures"))
+    session = _session(tmp_path, FILES)
+    conftest.pytest_deselected(session.items[:1])
+    assert not conftest.is_complete(session)
+
+
+def test_an_interrupted_run_leaves_no_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+        conftest.pytest_sessionfinish(_session(tmp_path, FILES), status)
+        assert f"no result file: the run did not end by itself (exit status {int(status)})" in capsys.readouterr().out
+    assert list(tmp_path.rglob("*.json")) == []
+    conftest.pytest_sessionfinish(_session(tmp_path, FILES), pytest.ExitCode.TESTS_FAILED)
+    (written,) = tmp_path.rglob("*.json")
+    assert results.read(written).complete
+
+
+def test_a_selection_is_marked_as_a_part(tmp_path: Path) -> None:
+    """Really run: the quickest benchmark."""
+    root, options = Path(conftest.__file__).parents[1], ["--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "bench/test_ceilings.py",
+        "-k",
+        "copy",
+        *options,
+        "--result",
+        str(tmp_path),
+    ]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.rglob("*.json")
+    found = results.read(written)
+    assert not found.complete
+    assert [row["ceiling"] for row in found.rows] == ["copy"]
+
+
+class Pedantic:
+    """As much of pytest-benchmark's fixture as a measurement needs."""
+
+    name = "measured"
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, float] = {}
+
+    def pedantic(self, once: Callable[[], None], rounds: int, iterations: int) -> None:
+        for _ in range(rounds):
+            once()
+
+
+def test_the_best_of_three_is_everybodys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the measurement that suits us best."""
+    several = iter([(10.0, 30.0, 9.0), (12.0, 20.0, 11.0), (11.0, 25.0, 8.0)])
+
+    def measured(calls: dict, rounds: int) -> dict[str, Timing]:
+        return {name: Timing((ms,)) for name, ms in zip(calls, next(several), strict=True)}
+
+    monkeypatch.setattr(test_cpu, "interleave", measured)
+    benchmark = Pedantic()
+    test_cpu.measure(benchmark, dict.fromkeys(("ours", "stock", "default SGD"), lambda: None), rounds=1)
+    assert benchmark.extra_info == {
+        "ours ms": 10.0, "stock ms": 20.0, "default SGD ms": 8.0, "stock / ours": 2.0, "default SGD / ours": 0.8
+    }  # fmt: skip
+
+
+def test_the_least_overhead_is_everybodys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = iter([(0.20, 0.18), (0.12, 0.09), (0.14, 0.06), (0.30, 0.30), (0.13, 0.10)])
+
+    def measured(calls: dict, rounds: int) -> dict[str, Timing]:
+        return {name: Timing((ms,)) for name, ms in zip(calls, next(several), strict=True)}
+
+    monkeypatch.setattr(test_overhead, "interleave", measured)
+    benchmark = Pedantic()
+    test_overhead.measure(benchmark, lambda: None, lambda: None, parts=1)
+    assert benchmark.extra_info == {"ours, us each": 6.0, "torch, us each": 3.0, "ours - torch, us each": 3.0}
+
+
 # --------------------------------------------------------------------------------------------- what the sanitizers watch
 
 
@@ -677,6 +880,28 @@ def test_tune_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(kernel in out for kernel in tune_cases.KERNELS)
     assert "tuned" in out
+
+
+@pytest.mark.parametrize("part", [tune, choose])
+def test_the_budget_of_the_environment(
+    part, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNE_SECONDS", "abc")
+    with pytest.raises(SystemExit) as stopped:
+        part.main(["--dry-run"])
+    assert stopped.value.code == 2
+    assert "argument --budget: invalid float value: 'abc'" in capsys.readouterr().err
+    monkeypatch.setenv("TUNE_SECONDS", "")
+    assert part.main(["--dry-run"]) == 0
+
+
+def test_a_choice_stands_for_all_kernel_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device code of the convolution and its epilogue lies in several files, _tile.py among them."""
+    monkeypatch.setattr(_launch, "__file__", str(tmp_path / "_launch.py"))
+    (tmp_path / "_tile.py").write_text("def activate(): ...")
+    before = choose.digest()
+    (tmp_path / "_tile.py").write_text("def activate(x): ...")
+    assert choose.digest() != before
 
 
 def test_every_kernel_that_can_be_tuned_is() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 NOTHING = "not measured"
 _GREEN, _RED, _GREY, _INK, _PALE = "#2f855a", "#c53030", "#a0aec0", "#2d3748", "#e2e8f0"
 _COLOUR = {"faster": _GREEN, "slower": _RED, "tie": _GREY}
-_SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks", "launch": "One launch, on the host"}
+_SECTIONS = {
+    "ceilings": "Ceilings",
+    "layers": "Layers and fused groups",
+    "model": "Whole networks",
+    "launch": "One launch, on the host",
+}
 
 
 def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
-    """The latest run of each device below ``folder`` as ``out/report.md`` with its figures; what was written, what skipped.
+    """What was measured on each device below ``folder`` as ``out/report.md`` with figures; what was written, what skipped.
 
     Raises:
         FileNotFoundError: ``folder`` does not exist.
@@ -31,38 +36,61 @@ def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
             f"results={str(folder)!r} is no folder; pytest bench --benchmark-only --result DIR makes one"
         )
     runs, skipped = read_all(folder)
-    latest = {run.device: run for run in runs}
+    devices: dict[str, list[Results]] = {}
+    for run in runs:
+        devices.setdefault(run.device, []).append(run)
     out.mkdir(parents=True, exist_ok=True)
     written, parts = (
         [],
         ["# Measured\n", "`baseline / ours`: over 1, ours is faster. A tie is a 95% interval that holds 1.\n"],
     )
-    for run in latest.values():
-        figures = {name: figure for name, figure in figures_of(run).items() if figure is not None}
+    for device, of_device in devices.items():
+        chosen = chosen_of(of_device)
+        figures = {name: figure for name, figure in figures_of(chosen).items() if figure is not None}
         for name, figure in figures.items():
-            path = out / f"{run.device}-{name}.png"
+            path = out / f"{device}-{name}.png"
             write_atomically(path, partial(figure.savefig, dpi=130))
             written.append(path)
-        parts.append(markdown(run, [f"{run.device}-{name}.png" for name in figures]))
-    if not latest:
+        parts.append(markdown(device, chosen, [f"{device}-{name}.png" for name in figures]))
+    if not devices:
         parts.append(f"{NOTHING}: no result file in {folder}\n")
     write_text(out / "report.md", "\n".join(parts))
     return [out / "report.md", *written], skipped
 
 
-def markdown(run: Results, figures: Sequence[str] = ()) -> str:
-    """A run as text: what it ran on, what the device can do, then a table a section; losing rows stay."""
-    facts = ", ".join(f"{name} {value}" for name, value in run.environment.items())
-    parts = [f"## {run.device}, {run.date}\n", f"Sources {run.digest}; {facts}.\n"]
+def chosen_of(runs: Sequence[Results]) -> dict[str, Results]:
+    """For each section the latest complete run of a device that has it, or the latest that has it; the latest where none has."""
+    found = {}
+    for section in _SECTIONS:
+        having = [run for run in runs if run.section(section)] or runs
+        found[section] = ([run for run in having if run.complete] or having)[-1]
+    return found
+
+
+def markdown(device: str, chosen: Mapping[str, Results], figures: Sequence[str] = ()) -> str:
+    """A device as text: what was measured when, what the device can do, then a table a section; losing rows stay."""
+    used = {run.file: run for section, run in chosen.items() if run.section(section)}
+    runs = sorted(used.values() or chosen.values(), key=lambda run: run.date)
+    parts = [f"## {device}, {runs[-1].date}\n"]
+    if len(used) > 1:
+        parts += ["\n".join(f"- {run.file}: {_facts(run)}" for run in runs) + "\n"]
+    else:
+        parts += [f"{_facts(runs[-1])}\n"]
     parts += [f"![{name}]({name})\n" for name in figures]
-    parts += ["### Ceilings\n", _ceilings(run)]
     for section, title in _SECTIONS.items():
-        parts += [f"### {title}\n", _rows(run.section(section), images=section == "model")]
+        rows = chosen[section].section(section)
+        parts += [f"### {title}\n"]
+        parts += [f"From {chosen[section].file}.\n"] if rows and len(used) > 1 else []
+        parts += [_ceilings(rows) if section == "ceilings" else _rows(rows, images=section == "model")]
     return "\n".join(parts)
 
 
-def _ceilings(run: Results) -> str:
-    rows = run.section("ceilings")
+def _facts(run: Results) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in run.environment.items())
+    return f"Sources {run.digest}; {facts}; {'all' if run.complete else 'a part'} of the benchmarks."
+
+
+def _ceilings(rows: Sequence[Row]) -> str:
     if not rows:
         return f"{NOTHING}\n"
     lines = ["| ceiling | ms | per second |", "|---|--:|--:|"]
@@ -113,13 +141,14 @@ def _note(row: Row) -> str:
     return "; ".join(bad)
 
 
-def figures_of(run: Results) -> dict[str, Figure | None]:
-    """``"speedup"``, ``"roofline"``, ``"throughput"``; None where a figure has no rows.
+def figures_of(chosen: Mapping[str, Results]) -> dict[str, Figure | None]:
+    """``"speedup"``, ``"roofline"`` (under the ceilings of the layers' own run), ``"throughput"``; None where one has no rows.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    return {"speedup": _speedup(run), "roofline": _roofline(run), "throughput": _throughput(run)}
+    layers, model = chosen["layers"], chosen["model"]
+    return {"speedup": _speedup(layers), "roofline": _roofline(layers), "throughput": _throughput(model)}
 
 
 def _new(title: str, run: Results, width: float, height: float) -> tuple[Figure, Axes]:

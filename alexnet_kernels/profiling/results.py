@@ -24,13 +24,16 @@ _STATES = ("ok", "wrong", "failed")
 
 @dataclass(frozen=True)
 class Results:
-    """One run: when, of which sources, on what, and its rows."""
+    """One run: when, of which sources, on what, and its rows; ``complete`` where all that the suite has was tried, and ``file``
+    where it was read."""
 
     date: str
     digest: str
     environment: dict[str, str]
     rows: tuple[Row, ...]
     device: str
+    complete: bool = False
+    file: str = ""
 
     def section(self, name: str) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row["section"] == name)
@@ -42,27 +45,36 @@ def slug(name: str) -> str:
 
 
 def write(
-    folder: Path, device: str, date: datetime, digest: str, environment: Mapping[str, str], rows: Sequence[Row]
+    folder: Path,
+    device: str,
+    date: datetime,
+    digest: str,
+    environment: Mapping[str, str],
+    rows: Sequence[Row],
+    complete: bool = False,
 ) -> Path:
-    """Write a run below ``folder``.
+    """Write a run below ``folder``; a part of the suite unless it is said to be ``complete``.
 
     Raises:
         FileExistsError: the file is there; results are not written twice.
         ValueError: a row that :func:`read` would refuse.
     """
-    results = Results(date.isoformat(timespec="seconds"), digest, dict(environment), tuple(rows), slug(device))
+    written = date.isoformat(timespec="seconds")
+    results = Results(written, digest, dict(environment), tuple(rows), slug(device), complete)
     for row in results.rows:
         _check(row)
     target = folder / results.device / f"{date:%Y-%m-%d-%H%M%S}-{digest}.json"
     if target.exists():
         raise FileExistsError(f"{target} exists: result files are not written twice")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, json.dumps({"schema": SCHEMA, **asdict(results)}, indent=1) + "\n")
+    content = {"schema": SCHEMA, **asdict(results)}
+    del content["file"]
+    write_text(target, json.dumps(content, indent=1) + "\n")
     return target
 
 
 def read(path: Path) -> Results:
-    """The run in a file.
+    """The run in a file; one from before ``complete`` was written counts as a part.
 
     Raises:
         ValueError: it is no result file, or of another schema; the message names the file.
@@ -75,7 +87,8 @@ def read(path: Path) -> Results:
         for row in rows:
             _check(row)
         environment = {str(name): str(value) for name, value in content["environment"].items()}
-        return Results(str(content["date"]), str(content["digest"]), environment, rows, str(content["device"]))
+        date, digest, device = (str(content[name]) for name in ("date", "digest", "device"))
+        return Results(date, digest, environment, rows, device, content.get("complete") is True, path.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no result file: {what}") from error

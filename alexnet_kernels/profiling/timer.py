@@ -149,7 +149,8 @@ def relative_error(call: Callable[[], object], exact: Sequence[Tensor]) -> float
 def rotation(bytes_per_set: int, device: torch.device) -> int:
     """How many sets of buffers, used in turn, exceed a GPU's second-level cache four times (256 MiB at least); at most 64.
 
-    One on a CPU, whose caches other processes share.
+    ``bytes_per_set`` is what a call reads of its own set: what no call reads, or what all write to one place, makes nothing
+    cold. One on a CPU, whose caches other processes share.
     """
     if device.type != "cuda":
         return 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,8 @@ def row(section: str = "layers", ours: float = 1.0, theirs: float = 2.0, batch: 
     }  # fmt: skip
 
 
-def write(folder: Path, rows: list[dict], device: str = "NVIDIA H200") -> Path:
-    return results.write(folder, device, DATE, "abc", {"torch": "2"}, rows)
+def write(folder: Path, rows: list[dict], device: str = "NVIDIA H200", complete: bool = False, hours: int = 0) -> Path:
+    return results.write(folder, device, DATE + timedelta(hours=hours), "abc", {"torch": "2"}, rows, complete)
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -98,6 +98,48 @@ def test_report_says_what_was_not_measured(tmp_path: Path) -> None:
     write(tmp_path, [CEILING])
     (path,), _ = report.write_report(tmp_path, tmp_path / "out")
     assert path.read_text().count("not measured") == 3
+
+
+def test_a_part_is_marked_and_a_file_without_a_mark_is_read(tmp_path: Path) -> None:
+    part, whole = write(tmp_path, [CEILING]), write(tmp_path, [CEILING], complete=True, hours=1)
+    assert (results.read(part).complete, results.read(whole).complete) == (False, True)
+    assert results.read(whole).file == whole.name
+    content = json.loads(whole.read_text())
+    assert "file" not in content
+    del content["complete"]
+    whole.write_text(json.dumps(content))
+    unmarked = results.Results(content["date"], "abc", {"torch": "2"}, (CEILING,), "nvidia-h200", file=whole.name)
+    assert results.read(whole) == unmarked
+    assert not unmarked.complete
+
+
+def test_a_part_replaces_no_whole(tmp_path: Path) -> None:
+    """Each section is that of the latest complete file, or of the latest that has it; the report says of which."""
+    write(tmp_path, [CEILING, MATMUL, row(ours=3.0)], complete=True)
+    whole = write(tmp_path, [CEILING, MATMUL, row(ours=4.0)], complete=True, hours=1)
+    older = write(tmp_path, [row("model", ours=5.0)], hours=2)
+    part = write(tmp_path, [row(ours=6.0), row("model", ours=7.0)], hours=3)
+    written, _ = report.write_report(tmp_path, tmp_path / "out")
+    text = written[0].read_text()
+    assert "| 4 (ours nchw) |" in text and "| 7 (ours nchw) |" in text
+    assert not any(f"| {ms} (ours nchw) |" in text for ms in (3, 5, 6))
+    assert f"- {whole.name}: Sources abc; torch 2; all of the benchmarks." in text
+    assert f"- {part.name}: Sources abc; torch 2; a part of the benchmarks." in text
+    layers, model = text.index("### Layers"), text.index("### Whole networks")
+    assert layers < text.index(f"From {whole.name}.", layers) < model < text.index(f"From {part.name}.")
+    assert older.name not in text
+    assert text.splitlines()[4] == "## nvidia-h200, 2026-01-02T06:04:05+00:00"
+    assert [path.name for path in written[1:]] == [
+        f"nvidia-h200-{n}.png" for n in ("speedup", "roofline", "throughput")
+    ]
+
+
+def test_one_file_is_not_named_at_each_section(tmp_path: Path) -> None:
+    write(tmp_path, [CEILING, MATMUL, row()])
+    write(tmp_path, [CEILING, MATMUL, row()], complete=True, hours=1)
+    (path, *_), _ = report.write_report(tmp_path, tmp_path / "out")
+    assert "\nSources abc; torch 2; all of the benchmarks.\n" in path.read_text()
+    assert "From " not in path.read_text()
 
 
 def test_report_needs_a_folder(tmp_path: Path) -> None:
