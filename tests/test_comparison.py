@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,46 @@ def test_the_command_exits_1_and_names_the_tensor(monkeypatch: pytest.MonkeyPatc
     found = invoke("--variant", "tiny", "--batch", "1", "--rounds", "1", "--devices", "cpu,cpu")
     assert found.exit_code == 1
     assert "wrong: output of conv3 of 'two devices'" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/nowhere/a.json"], "error: cannot write /nowhere/a.json: choose a file in a folder that exists"),
+        (["--plot", "/nowhere/a.png"], "error: cannot write /nowhere/a.png: choose a file in a folder that exists"),
+        (["--plot", "a.xyz"], "error: plot_file='a.xyz' must end in one of ."),
+        (["--plot", "a.png"], "error: matplotlib is needed for a.png: pip install"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_anything_is_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("alexnet_kernels.cli.compare.run_comparison", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("sys.argv", ["alexnet-kernels", "compare", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_verdict_comes_before_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "pull", _pull_zeros)
+    monkeypatch.setattr("alexnet_kernels.cli.compare.write_text", full)
+    options = ["--variant", "tiny", "--batch", "1", "--rounds", "1", "--devices", "cpu,cpu"]
+    monkeypatch.setattr("sys.argv", ["alexnet-kernels", "compare", *options, "--json", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "No space left on device" in said.err
+    assert "wrong: output of conv3 of 'two devices'" in said.out
 
 
 @pytest.mark.parametrize(

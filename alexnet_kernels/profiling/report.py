@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_atomically, write_text
+from .._files import make_folder, require, write_atomically, write_text
 from .results import Results, Row, read_all
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ _SECTIONS = {"layers": "Layers and fused groups", "model": "Whole networks", "la
 def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     """The latest run of each device below ``folder`` as ``out/report.md`` with its figures; what was written, what skipped.
 
+    Without matplotlib the tables are written, and the figures are among what was skipped.
+
     Raises:
         FileNotFoundError: ``folder`` does not exist.
+        OSError: ``out`` is no folder that can be written.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -32,13 +35,16 @@ def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
         )
     runs, skipped = read_all(folder)
     latest = {run.device: run for run in runs}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written, parts = (
         [],
         ["# Measured\n", "`baseline / ours`: over 1, ours is faster. A tie is a 95% interval that holds 1.\n"],
     )
     for run in latest.values():
-        figures = {name: figure for name, figure in figures_of(run).items() if figure is not None}
+        try:
+            figures = {name: figure for name, figure in figures_of(run).items() if figure is not None}
+        except ImportError as error:
+            figures, skipped = {}, [*skipped, str(error)]
         for name, figure in figures.items():
             path = out / f"{run.device}-{name}.png"
             write_atomically(path, partial(figure.savefig, dpi=130))
@@ -119,6 +125,7 @@ def figures_of(run: Results) -> dict[str, Figure | None]:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    require("matplotlib", f"the figures of {run.device}")
     return {"speedup": _speedup(run), "roofline": _roofline(run), "throughput": _throughput(run)}
 
 
