@@ -93,7 +93,7 @@ def shipped_kernels(pattern: str = "conv.* bfloat16 .*batch 256", arch: int = 90
 
     Raises:
         RuntimeError: Triton is not installed, or ``TRITON_INTERPRET=1`` is set.
-        ValueError: ``pattern`` finds nothing, or ``arch`` is none of 80, 90 and 100.
+        ValueError: ``pattern`` is no regular expression or finds nothing, or ``arch`` is none of 80, 90 and 100.
     """
     if arch not in (80, 90, 100):
         raise ValueError(f"arch={arch} is none of the GPUs that the kernels are written for; use 80, 90 or 100")
