@@ -140,7 +140,12 @@ def test_errors(message: str, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("cpu", "must name two devices"), ("cpu,cpu,cpu", "must name two devices"), ("cpu,lpu", "devices='cpu,lpu'")],
+    [
+        ("cpu", "must name two devices"),
+        ("cpu,cpu,cpu", "must name two devices"),
+        ("cpu,lpu", "devices='cpu,lpu'"),
+        ("cpu,meta", "devices='cpu,meta': nothing runs on meta; use cpu, cuda, mps, xpu"),
+    ],
 )
 def test_devices_are_parsed_with_care(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

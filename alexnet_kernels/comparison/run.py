@@ -26,6 +26,7 @@ from .stock import stock_alexnet
 STOCK, ONE, TWO = "torch.nn", "one device", "two devices"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str], None]
+_KINDS = ("cpu", "cuda", "mps", "xpu")
 _NOTE_PIXELS = (
     f"'{PIXELS}' begins with 8-bit images in the host's memory, copied to the device as they are; {STOCK} prepares them there, "
     "ours on the way into conv1. All other rows begin with prepared images"
@@ -331,16 +332,20 @@ def parse_devices(text: str | None) -> tuple[tuple[torch.device, torch.device], 
     """The two devices of ``"cuda:0,cuda:1"``, or those that are there, and a line that says which and why.
 
     Raises:
-        ValueError: ``text`` does not name two devices.
+        ValueError: ``text`` does not name two devices that can be timed.
     """
     if text is not None:
         names = [name.strip() for name in text.split(",")]
         if len(names) != 2:
             raise ValueError(f"devices={text!r} must name two devices with a comma between them, as in cpu,cpu")
         try:
-            return (torch.device(names[0]), torch.device(names[1])), f"devices: {names[0]} and {names[1]}, as asked"
+            pair = torch.device(names[0]), torch.device(names[1])
         except RuntimeError as error:
             raise ValueError(f"devices={text!r}: {str(error).splitlines()[0]}") from error
+        for device in pair:
+            if device.type not in _KINDS:
+                raise ValueError(f"devices={text!r}: nothing runs on {device}; use {', '.join(_KINDS)}")
+        return pair, f"devices: {names[0]} and {names[1]}, as asked"
     count = torch.cuda.device_count()
     if count == 0:
         return (torch.device("cpu"),) * 2, "devices: no GPU is visible, so both towers run on the CPU (cpu,cpu)"
