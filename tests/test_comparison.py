@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def test_all_agree(dtype: str) -> None:
     assert {backend for (name, _), backend in backends.items() if name == run.STOCK} == {"torch"}
     assert "torch.nn prepares them there, ours on the way into conv1" in result.notes[0]
     assert "torch.optim.SGD for torch.nn, this package's for ours" in result.notes[1]
+    assert "'peak memory' is the whole process's on a CPU" in result.notes[2]
     forward = sum(t.bytes for t in result.transfers if not t.backward)
     itemsize = 4 if dtype == "fp32" else 2
     assert forward == sum(e.bytes(3, itemsize) * e.directions for e in SMALL.exchanges())
@@ -107,6 +110,29 @@ def test_pixels_prepared_otherwise_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert {(r.contender, r.group) for r in wrong} == {(run.ONE, check.PIXELS)}
     assert {r.run for r in wrong} == {check.FORWARD, check.TRAINING}
     assert all("from pixels" in r.worst for r in wrong)
+
+
+def test_freed_memory_is_kept_where_the_c_library_can() -> None:
+    """In a process of its own, because it lasts. Blocks of 64 MiB, freed and made anew: no page faults once they are there."""
+    pytest.importorskip("resource", reason="page faults are counted by POSIX systems")
+    code = """
+import resource, sys, torch
+from alexnet_kernels import geometry, images
+from alexnet_kernels.comparison import compare
+from alexnet_kernels.comparison.memory import keep_freed_memory
+tiny, cpu = geometry.variant("tiny", input_size=67, num_classes=10), torch.device("cpu")
+compare(tiny, images.Loaded(torch.zeros(1, 3, 67, 67, dtype=torch.uint8), ("a",)), batch=1, devices=(cpu, cpu), rounds=1)
+faults, found = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+for _ in range(12):
+    before = faults()
+    torch.ones(16 << 20)
+    found.append(faults() - before)
+print(min(found), keep_freed_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults, kept = done.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    assert kept == "False" or int(faults) < 100
 
 
 def test_nan_disagrees() -> None:
