@@ -77,7 +77,7 @@ def _check_given(context: typer.Context, kernels: bool) -> None:
     given = [p for p in context.command.params if _is_given(context, str(p.name))]
     strangers = [p for p in given if (p.name in _OF_KERNELS) != kernels and p.name not in _OF_BOTH]
     if strangers:
-        names = ", ".join(p.opts[0] if p.opts[0].startswith("-") else str(p.name).upper() for p in strangers)
+        names = ", ".join(p.opts[0] for p in strangers)
         if kernels:
             raise ValueError(f"--kernels lists launches, not a network: leave out {names}")
         raise ValueError(f"without --kernels no launches are listed: leave out {names}, or add --kernels")

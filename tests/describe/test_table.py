@@ -211,9 +211,9 @@ def test_no_number_of_a_kernel_is_cut(width: int, monkeypatch: pytest.MonkeyPatc
     [
         (
             ["caffe", "--kernels", "--markdown", "--plot", "none.png", "--lang", "zh", "--notes"],
-            "--kernels lists launches, not a network: leave out VARIANT, --notes, --markdown, --lang, --plot",
+            "--kernels lists launches, not a network: leave out variant, --notes, --markdown, --lang, --plot",
         ),
-        (["paper", "--kernels"], "leave out VARIANT"),
+        (["paper", "--kernels"], "leave out variant"),
         (["--kernels", "--batch", "128"], "leave out --batch"),
         (["--only", "lrn"], "without --kernels no launches are listed: leave out --only, or add --kernels"),
         (["--arch", "90", "tiny"], "leave out --arch, or add --kernels"),
