@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._files import require
 from .geometry import Preprocess, Variant
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def prepare(pixels: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.f
 
 
 def _open(file: Path) -> Image:
+    require("PIL", f"reading {file}")
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,7 @@ def test_all_agree(dtype: str) -> None:
     assert {backend for (name, _), backend in backends.items() if name == run.STOCK} == {"torch"}
     assert "torch.nn prepares them there, ours on the way into conv1" in result.notes[0]
     assert "torch.optim.SGD for torch.nn, this package's for ours" in result.notes[1]
+    assert "'peak memory' is the whole process's on a CPU" in result.notes[2]
     forward = sum(t.bytes for t in result.transfers if not t.backward)
     itemsize = 4 if dtype == "fp32" else 2
     assert forward == sum(e.bytes(3, itemsize) * e.directions for e in SMALL.exchanges())
@@ -108,6 +112,29 @@ def test_pixels_prepared_otherwise_are_named(monkeypatch: pytest.MonkeyPatch) ->
     assert all("from pixels" in r.worst for r in wrong)
 
 
+def test_freed_memory_is_kept_where_the_c_library_can() -> None:
+    """In a process of its own, because it lasts. Blocks of 64 MiB, freed and made anew: no page faults once they are there."""
+    pytest.importorskip("resource", reason="page faults are counted by POSIX systems")
+    code = """
+import resource, sys, torch
+from alexnet_kernels import geometry, images
+from alexnet_kernels.comparison import compare
+from alexnet_kernels.comparison.memory import keep_freed_memory
+tiny, cpu = geometry.variant("tiny", input_size=67, num_classes=10), torch.device("cpu")
+compare(tiny, images.Loaded(torch.zeros(1, 3, 67, 67, dtype=torch.uint8), ("a",)), batch=1, devices=(cpu, cpu), rounds=1)
+faults, found = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+for _ in range(12):
+    before = faults()
+    torch.ones(16 << 20)
+    found.append(faults() - before)
+print(min(found), keep_freed_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    faults, kept = done.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    assert kept == "False" or int(faults) < 100
+
+
 def test_nan_disagrees() -> None:
     row = run.Row("conv1", check.FORWARD, run.ONE, 1.0, 0.0, 1.0, "x", float("nan"), 1.0, "output of conv1")
     assert not row.agrees
@@ -139,7 +166,12 @@ def test_errors(message: str, options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("cpu", "must name two devices"), ("cpu,cpu,cpu", "must name two devices"), ("cpu,lpu", "devices='cpu,lpu'")],
+    [
+        ("cpu", "must name two devices"),
+        ("cpu,cpu,cpu", "must name two devices"),
+        ("cpu,lpu", "devices='cpu,lpu'"),
+        ("cpu,meta", "devices='cpu,meta': nothing runs on meta; use cpu, cuda, mps, xpu"),
+    ],
 )
 def test_devices_are_parsed_with_care(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -202,6 +234,46 @@ def test_the_command_exits_1_and_names_the_tensor(monkeypatch: pytest.MonkeyPatc
     found = invoke("--variant", "tiny", "--batch", "1", "--rounds", "1", "--devices", "cpu,cpu")
     assert found.exit_code == 1
     assert "wrong: output of conv3 of 'two devices'" in found.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "/nowhere/a.json"], "error: cannot write /nowhere/a.json: choose a file in a folder that exists"),
+        (["--plot", "/nowhere/a.png"], "error: cannot write /nowhere/a.png: choose a file in a folder that exists"),
+        (["--plot", "a.xyz"], "error: plot_file='a.xyz' must end in one of ."),
+        (["--plot", "a.png"], "error: matplotlib is needed for a.png: pip install"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_anything_is_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    if "matplotlib" in message:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("alexnet_kernels.cli.compare.run_comparison", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("sys.argv", ["alexnet-kernels", "compare", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_verdict_comes_before_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "pull", _pull_zeros)
+    monkeypatch.setattr("alexnet_kernels.cli.compare.write_text", full)
+    options = ["--variant", "tiny", "--batch", "1", "--rounds", "1", "--devices", "cpu,cpu"]
+    monkeypatch.setattr("sys.argv", ["alexnet-kernels", "compare", *options, "--json", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "No space left on device" in said.err
+    assert "wrong: output of conv3 of 'two devices'" in said.out
 
 
 @pytest.mark.parametrize(

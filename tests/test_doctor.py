@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -24,7 +25,9 @@ def test_doctor_tries_every_backend() -> None:
     checks = {(c.backend, c.device): c for c in found.backends}
     assert checks["reference", "cpu"].works
     assert not checks["cuda", "cpu"].works
-    assert "no implementation" in checks["cuda", "cpu"].detail
+    for backend in ("cuda", "cudnn"):
+        assert "no kernel for device 'cpu'" in checks[backend, "cpu"].detail  # and not: "no implementation"
+    assert all(c.works for c in found.backends if c.backend == "cudnn" and c.device.startswith("cuda"))
     assert all(c.works for c in found.backends if c.backend == "triton" and c.device.startswith("cuda"))
     assert checks["triton", "cpu"].works == (os.environ.get("TRITON_INTERPRET") == "1")
     assert found.packages["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -46,10 +49,42 @@ def test_doctor_survives_a_broken_backend(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*_: object, **__: object) -> None:
         raise OSError("libsomething.so: undefined symbol\nand more")
 
-    monkeypatch.setattr(F, "local_response_norm", broken)
+    for function in ("local_response_norm", "conv1_relu", "conv2d_relu"):
+        monkeypatch.setattr(F, function, broken)
     found = doctor.diagnose()
     assert {(c.works, c.detail) for c in found.backends} == {(False, "libsomething.so: undefined symbol")}
     assert "reference on cpu: libsomething.so: undefined symbol" in found.problems
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem", "ops"),
+    [
+        ("cuda", "conv1_relu", ("conv1", "conv1_backward")),
+        ("cudnn", "conv2d_relu", ("conv2d", "conv2d_dgrad", "conv2d_wgrad")),
+    ],
+)
+def test_a_backend_without_lrn_is_tried_by_what_it_has(
+    backend: str, problem: str, ops: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the rows of the table run, here by the reference under their name."""
+    for op in ops:
+        (stand_in,) = [i for i in dispatch._table[op] if i.backend == "reference"]
+        monkeypatch.setitem(dispatch._table, op, [dataclasses.replace(stand_in, backend=backend)])
+    found = doctor.diagnose()
+    (check,) = [c for c in found.backends if (c.backend, c.device) == (backend, "cpu")]
+    assert (check.works, check.detail) == (True, f"{problem} forward and backward, 0.0e+00 from fp64")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, backend)
+    (line,) = doctor.diagnose().problems
+    assert f"{backend!r} has no LRN" in line and "unset it" in line
+
+
+def test_every_variable_that_changes_what_runs_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"ALEXNET_KERNELS_CONV1": "wgmma", "ALEXNET_KERNELS_BUILD": "off", "OMP_NUM_THREADS": "2"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    found = doctor.diagnose().variables
+    assert values.items() <= found.items()
+    assert "PATH" not in found
 
 
 @pytest.mark.parametrize("factor", [1.001, float("nan")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,13 @@ def test_default_photographs_exist() -> None:
     files = images.default_photographs()
     assert [f.name for f in files] == list(images.PHOTOGRAPHS)
     assert all(f.is_file() for f in files)
+
+
+def test_without_pillow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = picture(tmp_path / "good.png")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"Pillow is needed for reading .*: pip install 'alexnet-kernels\[bench\]'"):
+        images.load([good], TINY)
 
 
 def test_without_scikit_image_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import alexnet_kernels
-from alexnet_kernels._files import write_atomically, write_text
+from alexnet_kernels._files import make_folder, require, write_atomically, write_text
 
 
 def test_importing_loads_neither_triton_nor_torchvision() -> None:
@@ -48,6 +48,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_an_impossible_place_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write .*gone.*choose a folder that exists"):
         write_text(tmp_path / "gone" / "x.json", "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"^cannot write .*folder: Is a directory; choose the name of a file"):
+        write_text(tmp_path / "folder", "")
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(OSError, match=rf"^cannot make the folder .*{place}: .*; choose another one"):
+            make_folder(tmp_path / place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(("package", "name"), [("matplotlib", "matplotlib"), ("PIL", "Pillow")])
+def test_what_is_not_installed_is_named_with_the_remedy(
+    package: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"^{name} is needed for x.png: pip install 'alexnet-kernels\[bench\]'"):
+        require(package, "x.png")
 
 
 def _modules() -> list[str]:

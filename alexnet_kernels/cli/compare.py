@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .. import geometry, images
-from .._files import write_text
+from .._files import check_plottable, check_writable, write_text
+from ..comparison import Comparison
 from ..comparison import compare as run_comparison
 from ..comparison.report import plot, show
 from ..comparison.run import parse_devices
@@ -35,6 +36,11 @@ def compare(
 
     Exits 1 when a result disagrees with fp64 by more than its dtype explains.
     """
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_writable(path)
+    if plot_file is not None:
+        check_plottable(plot_file)
     console, status = Console(), Console(stderr=True)
     pair, why = parse_devices(devices)
     console.print(why, highlight=False)
@@ -57,15 +63,20 @@ def compare(
         )
         progress.update(task, description="done")
     show(result, console)
+    _judge(result, console)  # before anything is written: whatever becomes of the files, the verdict has been said
     if json_file is not None:
         write_text(json_file, json.dumps(result.to_json(), indent=1) + "\n")
     if plot_file is not None:
         plot(result, plot_file)
+    if result.disagreements:
+        raise typer.Exit(1)
+
+
+def _judge(result: Comparison, console: Console) -> None:
     for row in result.disagreements:
         message = (
             f"wrong: {row.worst} of '{row.contender}' is {row.error:.2e} from fp64, {row.tolerance:.2e} is allowed"
         )
         console.print(message, markup=False, highlight=False)
-    if result.disagreements:
-        raise typer.Exit(1)
-    console.print("all results agree with fp64", highlight=False)
+    if not result.disagreements:
+        console.print("all results agree with fp64", highlight=False)

@@ -14,10 +14,20 @@ from .. import describe as network
 from .. import doctor
 from ..geometry import VARIANTS
 
-_WIDTH = 140  # of the table of kernels, whose labels say too much for 80 columns
+_OF_KERNELS, _OF_BOTH = ("only", "arch"), ("kernels", "as_json")
+_NUMBERS = {  # of a launch, and the headings of their columns
+    "programs": "programs",
+    "warps": "warps",
+    "stages": "stages",
+    "registers": "registers",
+    "spill_bytes": "spilled\nbytes",
+    "shared_bytes": "shared\nbytes",
+    "blocks_per_sm": "CTAs\nan SM",
+}
 
 
 def describe(
+    context: typer.Context,
     variant: Annotated[str, typer.Argument(help=f"Which network: {', '.join(VARIANTS)}.")] = "paper",
     num_classes: Annotated[int | None, typer.Option(help="Classes, if not the variant's own.")] = None,
     input_size: Annotated[str | None, typer.Option(help="Side of the image, or HEIGHTxWIDTH.")] = None,
@@ -44,6 +54,7 @@ def describe(
     ] = None,
 ) -> None:
     """Describe a network layer by layer: shapes, parameters, connections, and who owns and sends what on two devices."""
+    _check_given(context, kernels)
     if kernels:
         _kernels(only, arch, as_json)
         return
@@ -57,16 +68,54 @@ def describe(
         Console().print(report)
 
 
+def _check_given(context: typer.Context, kernels: bool) -> None:
+    """That no option was given which the other of the two listings has: it would be ignored.
+
+    Raises:
+        ValueError: one was.
+    """
+    given = [p for p in context.command.params if _is_given(context, str(p.name))]
+    strangers = [p for p in given if (p.name in _OF_KERNELS) != kernels and p.name not in _OF_BOTH]
+    if strangers:
+        names = ", ".join(p.opts[0] for p in strangers)
+        if kernels:
+            raise ValueError(f"--kernels lists launches, not a network: leave out {names}")
+        raise ValueError(f"without --kernels no launches are listed: leave out {names}, or add --kernels")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _kernels(only: str, arch: int, as_json: bool) -> None:
-    rows = doctor.shipped_kernels(only, arch)
+    try:
+        rows = doctor.shipped_kernels(only, arch)
+    except ValueError as error:  # of the function's argument, which is an option here
+        raise ValueError(str(error).replace("pattern=", "--only ", 1)) from error
     if as_json:
         typer.echo(json.dumps({"schema": 1, "arch": arch, "kernels": rows}, indent=2))
         return
-    table = Table(title=f"compiled for sm_{arch}", box=None)
-    table.add_column("kernel", no_wrap=True)
-    for name in ("tile", "programs", "warps", "stages", "registers", "spilled", "shared bytes", "CTAs an SM"):
-        table.add_column(name, justify="right", no_wrap=name == "tile")
+    console = Console()
+    any_width = console.options.update(width=10_000)
+    for table in (_table(rows, arch), _table(rows, arch, narrow=True)):
+        needed = console.measure(table, options=any_width)
+        if needed.maximum <= console.width:
+            break
+    Console(width=max(console.width, needed.minimum)).print(table)  # folds labels, cuts no number
+
+
+def _table(rows: list[dict[str, object]], arch: int, *, narrow: bool = False) -> Table:
+    """One row a launch; ``narrow``, its tile stands below its label, which may fold."""
+    table = Table(title=f"compiled for sm_{arch}", box=None, padding=(0, 1, 0, 0))
+    table.add_column("kernel", no_wrap=not narrow, overflow="fold")
+    if not narrow:
+        table.add_column("tile", justify="right", no_wrap=True)
+    for heading in _NUMBERS.values():
+        widest = max(map(len, heading.split("\n")))  # rich would count its longest word
+        table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
     for row in rows:
-        numbers = ("programs", "warps", "stages", "registers", "spill_bytes", "shared_bytes", "blocks_per_sm")
-        table.add_row(str(row["label"]), str(row["tile"]), *(f"{row[name]:,}" for name in numbers))
-    Console(width=_WIDTH).print(table)
+        label, tile = str(row["label"]), str(row["tile"])
+        names = [f"{label}\ntile {tile}" if tile else label] if narrow else [label, tile]
+        table.add_row(*names, *(f"{row[name]:,}" for name in _NUMBERS))
+    return table

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .._files import write_atomically
+from .._files import require, write_atomically
 from ..distributed.exchange import Transfer
 from .check import FORWARD, TRAINING
 from .run import ONE, STOCK, TWO, Comparison, Row
@@ -107,6 +107,7 @@ def plot(result: Comparison, path: str | Path) -> None:
         ImportError: matplotlib is not installed.
         OSError: ``path`` cannot be written.
     """
+    require("matplotlib", str(path))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")

@@ -21,16 +21,22 @@ from ..profiling.monitor import GpuMonitor, Usage
 from ..profiling.timer import Timing, interleave
 from .check import FORWARD, PIXELS, TOTAL, TRAINING, Errors, check
 from .contenders import Contender, OneDevice, State, TwoDevices
+from .memory import keep_freed_memory
 from .stock import stock_alexnet
 
 STOCK, ONE, TWO = "torch.nn", "one device", "two devices"
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Progress = Callable[[str], None]
+_KINDS = ("cpu", "cuda", "mps", "xpu")
 _NOTE_PIXELS = (
     f"'{PIXELS}' begins with 8-bit images in the host's memory, copied to the device as they are; {STOCK} prepares them there, "
     "ours on the way into conv1. All other rows begin with prepared images"
 )
 _NOTE_STEP = f"'{TOTAL}' of a training step has the optimiser too: torch.optim.SGD for {STOCK}, this package's for ours"
+_NOTE_MEMORY = (
+    "'peak memory' is the whole process's on a CPU and the whole card's on a GPU, with all three networks alive: no "
+    "contender's own"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def compare(
     seed: int = 0,
     progress: Progress = lambda _: None,
 ) -> Comparison:
-    """Run the comparison.
+    """Run the comparison. On a CPU this process keeps the memory that it frees from then on (:func:`keep_freed_memory`).
 
     Args:
         variant: which network.
@@ -113,6 +119,8 @@ def compare(
         raise ValueError(f"dtype='tf32' needs a CUDA device, not {devices[0]}; use fp32")
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1 to be timed")
+    if any(device.type == "cpu" for device in devices):
+        keep_freed_memory()
     with _precision(dtype):
         progress("weights")
         contenders = _contenders(variant, devices, DTYPES[dtype], seed)
@@ -137,7 +145,7 @@ def compare(
         tuple(rows),
         usage,
         transfers,
-        (_NOTE_PIXELS, _NOTE_STEP, *notes),
+        (_NOTE_PIXELS, _NOTE_STEP, _NOTE_MEMORY, *notes),
     )
 
 
@@ -331,16 +339,20 @@ def parse_devices(text: str | None) -> tuple[tuple[torch.device, torch.device], 
     """The two devices of ``"cuda:0,cuda:1"``, or those that are there, and a line that says which and why.
 
     Raises:
-        ValueError: ``text`` does not name two devices.
+        ValueError: ``text`` does not name two devices that can be timed.
     """
     if text is not None:
         names = [name.strip() for name in text.split(",")]
         if len(names) != 2:
             raise ValueError(f"devices={text!r} must name two devices with a comma between them, as in cpu,cpu")
         try:
-            return (torch.device(names[0]), torch.device(names[1])), f"devices: {names[0]} and {names[1]}, as asked"
+            pair = torch.device(names[0]), torch.device(names[1])
         except RuntimeError as error:
             raise ValueError(f"devices={text!r}: {str(error).splitlines()[0]}") from error
+        for device in pair:
+            if device.type not in _KINDS:
+                raise ValueError(f"devices={text!r}: nothing runs on {device}; use {', '.join(_KINDS)}")
+        return pair, f"devices: {names[0]} and {names[1]}, as asked"
     count = torch.cuda.device_count()
     if count == 0:
         return (torch.device("cpu"),) * 2, "devices: no GPU is visible, so both towers run on the CPU (cpu,cpu)"

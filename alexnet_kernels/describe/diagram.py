@@ -12,7 +12,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_atomically
+from .._files import require, write_atomically
 from ..geometry import TOWERS, Variant
 from .language import check, dimensions, say, size_of
 from .table import Description, Row, describe
@@ -50,6 +50,7 @@ def _picture(variant: str | Variant | Description, path: str | Path, batch: int,
     if path.suffix.lower() != ".png":
         raise ValueError(f"plot={str(path)!r} must end in .png: pictures are written as PNG")
     what = variant if isinstance(variant, Description) else describe(variant, batch=batch)
+    require("matplotlib", str(path))
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure
 

@@ -38,11 +38,21 @@ class Row:
 
 
 def launches(pattern: str = "") -> Iterator[tuple[str, Launch]]:
-    """``family label`` and launch of all that ``pattern``, a regular expression, finds."""
+    """``family label`` and launch of all that ``pattern``, a regular expression, finds.
+
+    Raises:
+        ValueError: ``pattern`` is no regular expression.
+    """
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"pattern={pattern!r} is no regular expression ({error}); put a backslash before what is meant literally"
+        ) from error
     for family, module in FAMILIES.items():
         for label, launch in module.shipped():
             name = f"{family} {label}"
-            if re.search(pattern, name):
+            if wanted.search(name):
                 yield name, launch
 
 
@@ -50,7 +60,7 @@ def rows(pattern: str, arch: int) -> Iterator[Row]:
     """The same compiled for sm_``arch``, one after the other: about half a second each.
 
     Raises:
-        ValueError: ``pattern`` finds nothing.
+        ValueError: ``pattern`` is no regular expression, or finds nothing.
         RuntimeError: as :func:`compile_launch`.
     """
     found = dict(launches(pattern))

@@ -31,10 +31,11 @@ def label_of(device: torch.device | str | int) -> str:
 
 
 def choose(asked: list[str] | None, nvml: Nvml) -> dict[str, Board | None]:
-    """The board of each label (of all that are visible, and the CPU, where none is asked for); None without NVML counters.
+    """The board of each label (of all that are visible, and the CPU, where none is asked for); the CPU has none, and stands for
+    a device that NVML does not count.
 
     Raises:
-        ValueError: a GPU that is not there.
+        ValueError: a device that is not there.
     """
     visible = {f"cuda:{i}": board for i, board in enumerate(nvml.visible())}
     if asked is None:
@@ -51,5 +52,27 @@ def choose(asked: list[str] | None, nvml: Nvml) -> dict[str, Board | None]:
                 raise ValueError(f"devices: {label} is not there; visible: {', '.join(visible) or 'no GPU'}")
             found[label] = visible[label]
         else:
-            found[label] = None
+            check_there(label)
+            found[CPU] = None
     return found
+
+
+def check_there(label: str) -> None:
+    """Without NVML: that torch knows the device.
+
+    Raises:
+        ValueError: it does not.
+    """
+    kind, _, index = label.partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if label.startswith(("GPU-", "MIG-")):
+        uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]
+        there = sum(uuid.startswith(label[4:]) for uuid in uuids) == 1
+    elif kind == "cuda":
+        there = int(index) < gpus
+    else:
+        module = getattr(torch, kind, None)
+        there = bool(module is not None and hasattr(module, "is_available") and module.is_available())
+    if not there:
+        seen = ", ".join([CPU, *(f"cuda:{i}" for i in range(gpus))])
+        raise ValueError(f"devices: {label} is not there; torch sees {seen}")

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from .cpu import ProcessTree, cores
-from .devices import CPU, choose, label_of
+from .devices import CPU, check_there, choose, label_of
 from .nvml import Counters, GpuLost, Nvml, NvmlMissing
 from .recording import CpuSeries, Device, Phase, Row, Series, Summary, merged, summarise
 
@@ -60,6 +60,7 @@ class GpuMonitor:
     Args:
         devices: what to watch: ``torch.device``, ``"cuda:1"``, a number (as in ``cuda:1``), a UUID or an unambiguous
             beginning of one, ``"cpu"`` (the process and its children). By default every GPU that CUDA shows, and the CPU.
+            The CPU stands for what cannot be counted: every device where there is no NVML.
         hz: samples a second, 20 to 100. The CPU time and memory of other processes are read ten times a second.
         processes: whose CPU time and memory; by default this process and its children.
 
@@ -215,8 +216,10 @@ class GpuMonitor:
         try:
             self._nvml = Nvml()
         except NvmlMissing as missing:
+            for label in asked or ():
+                check_there(label)
             self._notes.append(f"{missing}: CPU time and memory of the process are shown instead")
-            self._labels = [CPU] if asked is None else list(dict.fromkeys(asked))
+            self._labels = [CPU]
             return
         try:
             boards = choose(asked, self._nvml)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._files import check_plottable, check_writable
 from .cpu import ProcessTree
 from .monitor import GpuMonitor
 
@@ -78,9 +79,9 @@ def profile(
     """
     for path in (csv_file, json_file, plot_file):
         if path is not None:
-            _check_writable(Path(path))
+            check_writable(Path(path))
     if plot_file is not None:
-        _check_plottable(Path(plot_file))
+        check_plottable(Path(plot_file))
     processes = ProcessTree(own=False)
     monitor = GpuMonitor(None if devices is None else devices.split(","), hz, processes=processes)
     try:
@@ -103,22 +104,6 @@ def _write(
         summary.write_json(json_file)
     if plot_file is not None:
         summary.plot(plot_file)
-
-
-def _check_writable(path: Path) -> None:
-    folder = path.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
-        raise OSError(f"cannot write {path}: choose a file in a folder that exists and is writable")
-
-
-def _check_plottable(path: Path) -> None:
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise ImportError(f"matplotlib is needed for {path}: pip install 'alexnet-kernels[bench]'") from error
-    formats = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise ValueError(f"plot_file={str(path)!r} must end in one of .{', .'.join(formats)}")
 
 
 class _Follow:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._files import write_atomically, write_text
+from .._files import require, write_atomically, write_text
 from .nvml import NOT_HELD_BACK, QUANTITIES, REASONS, throttle_words
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ class Summary:
             ImportError: matplotlib is not installed.
             OSError: ``path`` cannot be written.
         """
+        require("matplotlib", str(path))
         from .timeline import draw
 
         figure = draw(self)

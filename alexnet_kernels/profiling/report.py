@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_atomically, write_text
+from .._files import make_folder, require, write_atomically, write_text
 from .results import Results, Row, read_all
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ _SECTIONS = {
 def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     """What was measured on each device below ``folder`` as ``out/report.md`` with figures; what was written, what skipped.
 
+    Without matplotlib the tables are written, and the figures are among what was skipped.
+
     Raises:
         FileNotFoundError: ``folder`` does not exist.
+        OSError: ``out`` is no folder that can be written.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -39,14 +42,17 @@ def write_report(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
     devices: dict[str, list[Results]] = {}
     for run in runs:
         devices.setdefault(run.device, []).append(run)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     written, parts = (
         [],
         ["# Measured\n", "`baseline / ours`: over 1, ours is faster. A tie is a 95% interval that holds 1.\n"],
     )
     for device, of_device in devices.items():
         chosen = chosen_of(of_device)
-        figures = {name: figure for name, figure in figures_of(chosen).items() if figure is not None}
+        try:
+            figures = {name: figure for name, figure in figures_of(chosen).items() if figure is not None}
+        except ImportError as error:
+            figures, skipped = {}, [*skipped, str(error)]
         for name, figure in figures.items():
             path = out / f"{device}-{name}.png"
             write_atomically(path, partial(figure.savefig, dpi=130))
@@ -148,6 +154,7 @@ def figures_of(chosen: Mapping[str, Results]) -> dict[str, Figure | None]:
         ImportError: matplotlib is not installed.
     """
     layers, model = chosen["layers"], chosen["model"]
+    require("matplotlib", f"the figures of {layers.device}")
     return {"speedup": _speedup(layers), "roofline": _roofline(layers), "throughput": _throughput(model)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,13 @@ def copy(tmp_path: Path) -> Path:
     """What a distribution is made from, nothing built."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
-    for name in ("csrc", "alexnet_kernels"):
+    for path in (*ROOT.glob("*.md"), ROOT / "CITATION.cff"):
+        shutil.copy(path, copy)
+    (copy / "bench/results").mkdir(parents=True)
+    shutil.copy(ROOT / "bench/results/PENDING.md", copy / "bench/results")
+    for name in ("csrc", "docs", "alexnet_kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "_*.txt", "__pycache__"))
     return copy
 
@@ -136,7 +141,13 @@ def test_the_source_distribution_holds_what_is_compiled(copy: Path, tmp_path: Pa
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(copy).as_posix() for path in (copy / "csrc").rglob("*") if path.is_file()}
     assert len(sources) > 15 and sources <= names
-    assert {"setup.py", "constraints.txt", "alexnet_kernels/py.typed"} <= names
+    assert {"setup.py", "constraints.txt", "CITATION.cff", "alexnet_kernels/py.typed"} <= names
+    pages = [Path(name) for name in names if name.endswith(".md")]
+    assert {"README.md", "README.zh.md", "docs/README.md"} <= {page.as_posix() for page in pages}
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)", (copy / page).read_text(encoding="utf-8")):
+            target = os.path.normpath(page.parent / link)
+            assert link.startswith(("http:", "https:")) or target in names, f"{page} links to {link}"
     assert not any(name.endswith(".so") for name in names)
 
 

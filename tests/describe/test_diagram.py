@@ -118,7 +118,7 @@ def test_unwritable_path(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"cannot write .*missing.net\.png: No such file or directory; choose a folder"):
         draw_network("tiny", tmp_path / "missing" / "net.png")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(OSError, match=r"folder\.png"):
+    with pytest.raises(OSError, match=r"cannot write .*folder\.png: Is a directory; choose the name of a file"):
         draw_network("tiny", tmp_path / "folder.png")
     assert names(tmp_path) == ["folder.png"]
 
@@ -135,6 +135,14 @@ def test_a_failure_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.Mo
         draw_network("tiny", path)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["net.png"]
+
+
+def test_without_matplotlib_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        ImportError, match=r"matplotlib is needed for .*net\.png: pip install 'alexnet-kernels\[bench\]'"
+    ):
+        draw("tiny", tmp_path / "net.png")
 
 
 def test_unknown_language(tmp_path: Path) -> None:

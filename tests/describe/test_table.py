@@ -182,6 +182,53 @@ def test_command_prints_only_json_on_stdout(tmp_path) -> None:
     assert "net.png" in result.stderr
 
 
+def a_launch(label: str, tile: str = "(128+64)x(128+64)x64", **numbers: int) -> dict[str, object]:
+    names = ("programs", "warps", "stages", "registers", "spill_bytes", "shared_bytes", "blocks_per_sm")
+    return {"label": label, "tile": tile, **dict.fromkeys(names, 1), **numbers}
+
+
+@pytest.mark.parametrize("width", [40, 68, 80, 100, 140, 200])
+def test_no_number_of_a_kernel_is_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    label = "conv_backward weight_gradient bfloat16 nhwc conv2 batch 256 mask bias"
+    numbers = {"programs": 1_048_576, "registers": 255, "spill_bytes": 12_345, "shared_bytes": 163_904}
+    rows = [a_launch(label, **numbers, blocks_per_sm=16), a_launch("lrn", "", programs=2)]
+    monkeypatch.setattr("alexnet_kernels.cli.describe.doctor.shipped_kernels", lambda *_: rows)
+    result = CliRunner().invoke(app, ["--kernels"], env={"COLUMNS": str(width)})
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    (row,) = [line for line in lines if "163,904" in line]
+    assert row.split()[-7:] == ["1,048,576", "1", "1", "255", "12,345", "163,904", "16"]
+    assert "…" not in result.stdout and "(128+64)x(128+64)x64" in result.stdout
+    assert any(line.endswith("CTAs") for line in map(str.rstrip, lines))
+    words = result.stdout.split()
+    assert all(word in words for word in label.split())
+    assert all(len(line.rstrip()) <= max(width, 80) for line in lines)
+    assert (label in result.stdout) == (width >= 140)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["caffe", "--kernels", "--markdown", "--plot", "none.png", "--lang", "zh", "--notes"],
+            "--kernels lists launches, not a network: leave out variant, --notes, --markdown, --lang, --plot",
+        ),
+        (["paper", "--kernels"], "leave out variant"),
+        (["--kernels", "--batch", "128"], "leave out --batch"),
+        (["--only", "lrn"], "without --kernels no launches are listed: leave out --only, or add --kernels"),
+        (["--arch", "90", "tiny"], "leave out --arch, or add --kernels"),
+        (["--kernels", "--only", "("], "--only '(' is no regular expression"),
+        (["--kernels", "--only", "conv9"], "--only 'conv9' finds none of the launches of lrn, "),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(arguments: list[str], message: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception) and "\n" not in str(result.exception)
+    assert result.stdout == ""
+
+
 def test_command_raises_what_main_turns_into_one_line() -> None:
     result = CliRunner().invoke(app, ["vgg"])
     assert isinstance(result.exception, ValueError)

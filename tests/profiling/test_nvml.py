@@ -248,18 +248,45 @@ def test_an_older_driver(on_stub) -> None:
 @pytest.mark.parametrize("mode", ["refuse", "absent"])
 def test_without_nvml_it_says_so_and_shows_the_process(on_stub, mode: str) -> None:
     absent = "import ctypes, pynvml\ndef nothing(name): raise OSError(name)\npynvml.CDLL = nothing\n"
-    code = "found = watch(seconds=0.1, devices=['cuda:0', 'cuda:1'])"
+    sees = "torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 2)\n"
+    code = f"{sees}found = watch(seconds=0.1, devices=['cuda:0', 'cuda:1'])"
     summary = on_stub((absent if mode == "absent" else "") + code, mode=mode)
     (note,) = summary["notes"]
     assert note == (
         f"NVML does not answer ({'Driver Not Loaded' if mode == 'refuse' else 'NVML Shared Library Not Found'}): "
         "CPU time and memory of the process are shown instead"
     )
-    for row, label in zip(summary["rows"], ("cuda:0", "cuda:1"), strict=True):
-        assert (row["device"], row["source"]) == (label, "CPU time")
-        assert row["mean"]["utilisation"] >= 0
-        assert row["peak"]["memory_mib"] > 20
-        assert row["mean"]["power_w"] is None
+    (row,) = summary["rows"]  # and not the CPU's numbers under the name of each GPU
+    assert (row["device"], row["source"]) == ("cpu", "CPU time")
+    assert row["mean"]["utilisation"] >= 0
+    assert row["peak"]["memory_mib"] > 20
+    assert row["mean"]["power_w"] is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "named"),
+    [
+        ("['cuda:0', 'cuda:7']", "cuda:7"),
+        ("['GPU-bb']", "GPU-bb"),
+        ("['meta']", "meta"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["refuse", "two"])
+def test_a_device_that_torch_does_not_know_is_an_error(on_stub, mode: str, devices: str, named: str) -> None:
+    """With NVML and without; NVML itself knows the second."""
+    code = f"""
+from types import SimpleNamespace
+torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+torch.cuda.get_device_properties = lambda i: SimpleNamespace(uuid={A[4:]!r})
+found = ""
+try:
+    watch(devices={devices})
+except ValueError as error:
+    found = str(error)
+"""
+    known = mode == "two" and named == "GPU-bb"
+    assert on_stub(code, mode=mode).startswith("" if known else f"devices: {named} is not there; ")
+    assert (on_stub(code, mode=mode) == "") == known
 
 
 def test_without_nvidia_ml_py_or_psutil(on_stub) -> None:

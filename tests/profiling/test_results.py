@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -140,6 +141,23 @@ def test_one_file_is_not_named_at_each_section(tmp_path: Path) -> None:
     (path, *_), _ = report.write_report(tmp_path, tmp_path / "out")
     assert "\nSources abc; torch 2; all of the benchmarks.\n" in path.read_text()
     assert "From " not in path.read_text()
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write(tmp_path, [CEILING, MATMUL, row()])
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "skipped: matplotlib is needed for the figures of nvidia-h200: pip install" in done.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.md"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 1 (ours nchw) | 2 (eager nchw) |" in text and ".png" not in text
+
+
+def test_report_needs_a_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OSError, match=r"^cannot make the folder .*out: File exists; choose another one"):
+        report.write_report(tmp_path, tmp_path / "out")
 
 
 def test_report_needs_a_folder(tmp_path: Path) -> None:
