@@ -251,7 +251,7 @@ def test_infinity_and_nan_go_where_torchs_do() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("magnitude", [3e-14, 1e13, 1e15, 1e18])
 def test_the_whole_range_of_fp32(magnitude: float, layout: torch.memory_format) -> None:
-    """Of s, whose power 3/2 is beyond it for the smallest and the largest of these."""
+    """Whatever is made of s on the way to its power stays a number, for the smallest and the largest s too."""
     x = (torch.randn(2, 12, 3, 5).clamp(-3, 3) * magnitude).contiguous(memory_format=layout)
     grad, arguments = like(x), (5, 0.1, 0.75, 0.0, 2)
     check(OPS.lrn(x, *arguments), *(reference.lrn(t, *arguments) for t in (x.double(), x)))
