@@ -11,14 +11,6 @@ inline Power power_of(double beta) {
     return beta == 0.75 ? Power::three_quarters : beta == 0.5 ? Power::half : beta == 1 ? Power::one : Power::any;
 }
 
-template <Power P, class A>
-inline A power(A s, A beta) {
-    if (P == Power::one) return s;
-    if (P == Power::any) return std::pow(s, beta);
-    A root = std::sqrt(s);
-    return P == Power::half ? root : root * std::sqrt(root);
-}
-
 // v / s^beta. Over s^3/4 it is v · s^1/4 / s: fewer roundings than with s^3/4 made of roots, of which two are on its way as well.
 template <Power P, class A>
 inline A over_power(A v, A s, A beta) {

@@ -24,13 +24,14 @@ int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Pixels that one task of plain LRN takes. NCHW: long runs of a channel, as memory is read best, but two tasks a thread.
 // channels_last: what keeps the temporaries in the first or second cache.
 int64_t lrn_block(const Call& call) {
+    int64_t pixels = call.h * call.w * (call.channels_last ? call.n : 1), wanted;
     if (call.channels_last) {
-        int64_t wanted = 4096 / at_least_one(call.c), pixels = call.n * call.h * call.w;
+        wanted = 4096 / at_least_one(call.c);
         wanted = wanted < 8 ? 8 : wanted / 8 * 8;
-        return wanted < pixels ? wanted : at_least_one(pixels);
+    } else {
+        int64_t most = up(pixels, up(2 * call.threads, at_least_one(call.n)));
+        wanted = most < 64 ? 64 : most > 768 ? 768 : up(most, 16) * 16;
     }
-    int64_t pixels = call.h * call.w, most = up(pixels, up(2 * call.threads, at_least_one(call.n)));
-    int64_t wanted = most < 64 ? 64 : most > 768 ? 768 : up(most, 16) * 16;
     return wanted < pixels ? wanted : at_least_one(pixels);
 }
 

@@ -1,8 +1,8 @@
 // LRN, max-pooling, and both in one pass, on a CPU: what a caller fills in, and what it may call. No torch here.
 //
 // A call is divided into independent tasks. How it is divided, which thread runs which of them, and how many in a row, changes
-// no bit of the result: every element is computed by the same operations in the same order. Neither does the instruction set: there is no
-// fused multiply-add and no approximate root in it, so AVX-512, AVX2 and the baseline agree bit for bit.
+// no bit of the result: every element is computed by the same operations in the same order. Neither does the instruction set:
+// there is no fused multiply-add and no approximate root in it, so AVX-512, AVX2 and the baseline agree bit for bit.
 
 #pragma once
 
